@@ -1,0 +1,70 @@
+"""germane: find what is relevant in the models and data you hold, and act on it.
+
+The verbs are functions here, imported when first used; `import germane` loads no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from germane.compare import compare
+    from germane.recipe import Result, read_recipe, run
+
+__all__ = ["compare", "merge", "read_recipe", "route", "run"]
+
+_LAZY = {
+    "compare": "germane.compare",
+    "read_recipe": "germane.recipe",
+    "run": "germane.recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'germane' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def merge(
+    base: str,
+    pool: Sequence[str],
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    data: Sequence[Any] = (),
+    evaluate: Sequence[Any] = (),
+    heads: Sequence[str] = (),
+    save_tasks: bool = False,
+    decoys: str = "refuse",
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Merge the checkpoints of a pool into one; see `germane explain merge`.
+
+    Args:
+        base: The model the others descend from: a folder or hub id.
+        pool: Checkpoints and LoRA adapters: folders, folders of folders, globs, hub ids.
+        method: Name of the method, such as "frank-wolfe".
+        out: Folder of the result.
+        data: Records for methods that need them: "name=path", mappings, or `Data`.
+        evaluate: Records to score base, result and members on.
+        heads: Patterns of tensors kept out of the merge.
+        save_tasks: Also save a whole model for each member's head.
+        decoys: "refuse", "report" or "drop" copies, random weights and strangers.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        **settings: The method's settings.
+    """
+    from germane.recipe import run_task
+
+    arguments = {
+        "base": str(base), "pool": [str(path) for path in pool], "data": list(data),
+        "evaluate": list(evaluate), "heads": list(heads), "save_tasks": save_tasks, "decoys": decoys,
+    }  # fmt: skip
+    return run_task("merge", method, arguments, settings, out, seed=seed, overwrite=overwrite)

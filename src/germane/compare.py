@@ -1,0 +1,289 @@
+"""Many methods, one job, one table.
+
+A comparison is a grid of methods, settings and seeds. Each row is a recipe run in a process of its
+own: a row that fails, or is killed, is a row that says so; a comparison that is stopped goes on
+with the rows that are missing. Rows run here, or on a Ray cluster that sees the same files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from germane.core.errors import MissingExtra, OutputExists, SettingError
+from germane.core.evidence import FILE_NAME, Evidence, Row, Score, Table
+from germane.core.progress import announce, track
+from germane.recipe import Recipe, Result, check
+
+_WEIGHTS = ("*.safetensors", "heads", "tasks", "steps")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the grid: a recipe and the folder it is run in."""
+
+    label: str
+    method: str
+    settings: dict[str, Any]
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+
+def compare(
+    what: Recipe | str,
+    *,
+    methods: Sequence[str],
+    out: str | os.PathLike[str],
+    arguments: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (0,),
+    vary: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    on: str = "",
+    workers: int = 1,
+    keep: bool = False,
+    resume: bool = False,
+) -> Result:
+    """Run several methods on one job and put them into one table.
+
+    Args:
+        what: A recipe, whose last step's method is replaced, or the name of a task.
+        methods: Names of methods of that task.
+        out: Folder of the comparison.
+        arguments: The task's arguments, where `what` is a task.
+        seeds: Every method is run once with each.
+        vary: method -> setting -> values: a row for each combination.
+        settings: method -> setting -> value, for all its rows.
+        on: "" for this machine, "ray" or "ray://host:port" for a cluster.
+        workers: Rows at a time on this machine.
+        keep: Keep every row's model, not only its evidence.
+        resume: Take over the finished rows of an earlier run.
+
+    Raises:
+        GermaneError: Before any row is run, for what is wrong with all of them.
+    """
+    recipe = Recipe(steps=[{"task": what, **(arguments or {})}]) if isinstance(what, str) else what
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise OutputExists(f"{folder}: is there already; --resume goes on with it, or choose another.")
+    cells = list(_grid(recipe, methods, seeds, vary or {}, settings or {}, folder))
+    for cell in cells:
+        check(cell.recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [cell for cell in cells if not (resume and _finished(cell))]
+    announce(f"{len(cells)} rows, {len(cells) - len(waiting)} of them done before")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    runs = _on_ray(waiting, on, keep) if on else _here(waiting, workers, threads, keep)
+    for _ in track(runs, "rows", len(waiting)):
+        pass
+    evidence = Evidence.begin(recipe.title or folder.name, recipe.model_dump(exclude_defaults=True), "compare")
+    rows = [_row(cell) for cell in cells]
+    evidence.rows = [*_references(cells), *rows]
+    evidence.tables = _normalised(rows)
+    _write(evidence, folder)
+    return Result(folder, evidence)
+
+
+def _grid(
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    vary: Mapping[str, Mapping[str, Sequence[Any]]],
+    settings: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+) -> Iterator[Cell]:
+    for name in {*vary, *settings} - set(methods):
+        raise SettingError(f"{name}: settings for a method that is not compared: {', '.join(methods)}.")
+    for name in methods:
+        varied = vary.get(name, {})
+        for values in itertools.product(*varied.values()):
+            changed = dict(zip(varied, values, strict=True))
+            chosen = {**settings.get(name, {}), **changed}
+            for seed in seeds:
+                label = " ".join([name, *(f"{key}={value}" for key, value in changed.items())])
+                number = "-".join([label.replace(" ", "-").replace("/", "-"), f"seed{seed}"])
+                yield Cell(label, name, chosen, seed, _with(recipe, name, chosen, seed), folder / "rows" / number)
+
+
+def _with(recipe: Recipe, method: str, settings: dict[str, Any], seed: int) -> Recipe:
+    """The recipe with another method in its last step."""
+    *first, last = recipe.steps
+    kept = last.get("settings", {}) if last.get("method") == method else {}
+    steps = [*first, {**last, "method": method, "settings": {**kept, **settings}}]
+    return recipe.model_copy(update={"steps": steps, "seed": seed})
+
+
+def _asked(cell: Cell) -> str:
+    return yaml.safe_dump(cell.recipe.model_dump(exclude_defaults=True, mode="json"), sort_keys=True)
+
+
+def _finished(cell: Cell) -> bool:
+    asked = cell.folder / "recipe.yaml"
+    return (
+        (cell.folder / "result" / FILE_NAME).exists()
+        and asked.exists()
+        and asked.read_text(encoding="utf-8") == _asked(cell)
+    )
+
+
+def run_cell(cell: Cell, threads: int, keep: bool) -> None:
+    """Run one row in a process of its own; what it says on stderr is kept in `log.txt`."""
+    shutil.rmtree(cell.folder, ignore_errors=True)
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "recipe.yaml").write_text(_asked(cell), encoding="utf-8")
+    result = cell.folder / "result"
+    command = [sys.executable, "-m", "germane", "run", str(cell.folder / "recipe.yaml"), "--out", str(result)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with (cell.folder / "log.txt").open("w", encoding="utf-8") as log:
+        status = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+    if status:
+        with (cell.folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"exit status {status}\n")
+    elif not keep:
+        _drop_weights(result)
+
+
+def _drop_weights(folder: Path) -> None:
+    for pattern in _WEIGHTS:
+        for entry in folder.glob(pattern):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _here(cells: Sequence[Cell], workers: int, threads: int, keep: bool) -> Iterator[None]:
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run_cell, cell, threads, keep) for cell in cells]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _on_ray(cells: Sequence[Cell], address: str, keep: bool) -> Iterator[None]:
+    """Rows as Ray tasks of one core each; the cluster must see this folder and the pool's files."""
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtra("ray", "ray", "--on ray") from None
+    ray.init(address=None if address == "ray" else address, log_to_driver=False)
+    try:
+        remote = ray.remote(num_cpus=1)(run_cell)
+        waiting = [remote.remote(_absolute(cell), 1, keep) for cell in cells]
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            yield ray.get(done[0])
+    finally:
+        ray.shutdown()
+
+
+def _absolute(cell: Cell) -> Cell:
+    return Cell(**{**vars(cell), "folder": cell.folder.absolute()})
+
+
+def _row(cell: Cell) -> Row:
+    row = Row(
+        label=cell.label, method=cell.method, settings=cell.settings, seed=cell.seed, folder=str(cell.folder)
+    )
+    if not _finished(cell):
+        row.status, row.error = "failed", _last_words(cell)
+        return row
+    evidence = Evidence.read(cell.folder / "result")
+    row.scores = [score for score in evidence.scores if score.subject == "result"]
+    row.seconds = sum(step.seconds for step in evidence.steps)
+    row.peak_memory_bytes = max(step.peak_memory_bytes for step in evidence.steps)
+    return row
+
+
+def _last_words(cell: Cell) -> str:
+    """The error of a failed row: the last line it said before its exit status."""
+    log = cell.folder / "log.txt"
+    lines = log.read_text(encoding="utf-8").strip().split("\n") if log.exists() else []
+    said = [line for line in lines if not line.startswith("exit status")]
+    return (said or lines or ["was not run"])[-1]
+
+
+def _references(cells: Sequence[Cell]) -> list[Row]:
+    """Rows for what the result is compared with: the base, each member on its own task."""
+    for cell in cells:
+        if _finished(cell):
+            scores = Evidence.read(cell.folder / "result").scores
+            subjects = dict.fromkeys(score.subject for score in scores if score.subject != "result")
+            return [
+                Row(label=subject, status="reference", scores=[s for s in scores if s.subject == subject])
+                for subject in subjects
+            ]
+    return []
+
+
+def _normalised(rows: Sequence[Row]) -> list[Table]:
+    """Mean of score over the member's own score, in percent, where members have scores of their own."""
+    lines: list[list[str | float | int | None]] = []
+    for row in rows:
+        if row.status != "done" or not row.scores:
+            continue
+        own = {s.task: s for s in Evidence.read(Path(row.folder) / "result").scores if s.subject == "own"}
+        shares = [_share(score, own.get(score.task)) for score in row.scores]
+        known = [share for share in shares if share is not None]
+        if known:
+            lines.append([row.label, row.seed, round(sum(known) / len(known), 1)])
+    title = "Normalised score: mean over tasks of result / fine-tuned member, in percent"
+    return [Table(title=title, columns=["method", "seed", "normalised score"], rows=lines)] if lines else []
+
+
+def _share(score: Score, own: Score | None) -> float | None:
+    if own is None or not score.higher_is_better or own.value == 0:
+        return None
+    return 100 * score.value / own.value
+
+
+def _write(evidence: Evidence, folder: Path) -> None:
+    from germane.core.report import write_report
+
+    evidence.write(folder)
+    write_report(evidence, folder)
+
+
+def print_table(evidence: Evidence) -> None:
+    """The rows on stdout, best first."""
+    from rich.console import Console
+    from rich.table import Table as Sheet
+
+    scored = [row for row in evidence.rows if row.scores]
+    metric = scored[0].scores[0].metric if scored else "score"
+    tasks = list(dict.fromkeys(score.task for row in scored for score in row.scores))
+    sheet = Sheet()
+    for name in ("method", "seed", f"mean {metric}", *tasks, "seconds", ""):
+        sheet.add_column(name, justify="left" if name in ("method", "") else "right")
+    for row in sorted(evidence.rows, key=lambda row: _order(row, metric)):
+        values = {score.task: f"{score.value:.3f}" for score in row.scores if score.metric == metric}
+        mean = row.mean(metric)
+        sheet.add_row(
+            row.label,
+            "" if row.seed is None else str(row.seed),
+            "" if mean is None else f"{mean:.3f}",
+            *(values.get(task, "") for task in tasks),
+            "" if row.seconds is None else f"{row.seconds:.1f}",
+            row.error if row.status == "failed" else row.status,
+        )
+    Console().print(sheet)
+
+
+def _order(row: Row, metric: str) -> tuple[int, float]:
+    mean = row.mean(metric)
+    if mean is None:
+        return 1, 0.0
+    return 0, -mean if row.scores[0].higher_is_better else mean
+
+

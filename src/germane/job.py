@@ -1,0 +1,54 @@
+"""What a task is asked to do: its own arguments, apart from the method that does it.
+
+A task is a folder with `_task.py`, which holds one subclass of `Job`. Its fields are the task's
+arguments on the command line, in recipes and in Python; `check` and `run` are all that the rest of
+germane needs to know of the task.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from germane.core.evidence import Step
+from germane.core.records import Data
+from germane.core.settings import Settings
+from germane.method import Method, names
+
+
+class Job(Settings):
+    """Base of the tasks' arguments."""
+
+    task: ClassVar[str]
+    # Fields given by position on the command line, in this order; a list takes what is left.
+    paths: ClassVar[tuple[str, ...]] = ()
+
+    evaluate: list[Data] = Field(default=[], description="records to score on, as name=path")
+
+    @abstractmethod
+    def check(self, method: Method) -> None:
+        """Raise a `GermaneError` for all that can be known to be wrong before work starts."""
+
+    @abstractmethod
+    def run(self, method: Method, folder: Path, step: Step, seed: int) -> None:
+        """Do the work: write the result into `folder`, and what there is to say into `step`."""
+
+
+def job_class(task: str) -> type[Job]:
+    """The `Job` of a task.
+
+    Raises:
+        UnknownName: With the nearest spellings.
+    """
+    names(task)
+    module = importlib.import_module(f"germane.{task}._task")
+    kinds = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Job) and value.__module__ == module.__name__
+    ]
+    return kinds[0]

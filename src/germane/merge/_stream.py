@@ -1,0 +1,135 @@
+"""Weights as a stream of blocks: a run of elements of one tensor, of the base and of every member.
+
+A block's size is set by the number of members, so that what is in memory at a time is the same for
+a pool of four and of four hundred. Blocks are independent, and are worked on by one thread a core.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from germane.core.checkpoint import Source, TensorInfo
+
+Value = TypeVar("Value")
+
+# Float32 elements a thread holds for all members of a block together: 4 MiB stay in the cache.
+_BUDGET = 1 << 20
+# Random numbers are drawn by position; whole multiples keep every position's number the same.
+_ALIGNMENT = 1024
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of elements of one tensor, flat and in float32.
+
+    Attributes:
+        name: The tensor's name in the base.
+        start: Index of the first element in the flattened tensor.
+        shape: Shape of the whole tensor.
+        base: (n,) the base's elements.
+        deltas: (models, n) each member's elements minus the base's: its task vector.
+        labels: The members' labels, in the order of the rows.
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    base: Tensor
+    deltas: Tensor
+    labels: tuple[str, ...]
+
+
+class Stream:
+    """The blocks of a base and its members.
+
+    Args:
+        base: The model the others descend from.
+        members: The models to merge.
+        tensors: Which tensors flow, in which order.
+    """
+
+    def __init__(
+        self, base: Source, members: Sequence[Source], tensors: Sequence[TensorInfo]
+    ) -> None:
+        self.base = base
+        self.members = list(members)
+        self.tensors = list(tensors)
+        self.labels = tuple(member.label for member in members)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of one model in the stream."""
+        return sum(info.count for info in self.tensors)
+
+    def map(self, function: Callable[[Block], Value]) -> Iterator[Value]:
+        """`function` of every block, in order, computed by one thread a core."""
+        workers = os.cpu_count() or 1
+        with _one_thread_per_operation(), ThreadPoolExecutor(workers) as pool:
+            waiting: deque[Future[Value]] = deque()
+            try:
+                for info, start, stop in self._places():
+                    waiting.append(pool.submit(self._apply, function, info, start, stop))
+                    if len(waiting) > 2 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def fold(
+        self, measure: Callable[[Block], Tensor], per_tensor: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Sums of `measure` over the blocks, in a fixed order.
+
+        Args:
+            measure: From a block to a tensor whose shape is the same for every block.
+            per_tensor: One sum for each tensor, given as soon as it is complete; otherwise one sum
+                of everything, under the name "".
+        """
+        name, total = "", None
+        for block_name, part in self.map(lambda block: (block.name, measure(block))):
+            key = block_name if per_tensor else ""
+            if total is not None and key != name:
+                yield name, total
+                total = None
+            name = key
+            total = part if total is None else total.add_(part)
+        if total is not None:
+            yield name, total
+
+    def _places(self) -> Iterator[tuple[TensorInfo, int, int]]:
+        rows = max(1, len(self.members))
+        size = max(_ALIGNMENT, _BUDGET // rows // _ALIGNMENT * _ALIGNMENT)
+        for info in self.tensors:
+            for start in range(0, info.count, size):
+                yield info, start, min(start + size, info.count)
+
+    def _apply(
+        self, function: Callable[[Block], Value], info: TensorInfo, start: int, stop: int
+    ) -> Value:
+        base = self.base.read(info.name, start, stop).float()
+        deltas = torch.empty(len(self.members), stop - start)
+        for row, member in zip(deltas, self.members, strict=True):
+            row.copy_(member.read(info.name, start, stop)).sub_(base)
+        return function(Block(info.name, start, info.shape, base, deltas, self.labels))
+
+
+@contextmanager
+def _one_thread_per_operation() -> Iterator[None]:
+    """Blocks already use every core; threads inside an operation would only get in the way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
