@@ -29,9 +29,7 @@ _OVERWRITE = click.Option(["--overwrite"], is_flag=True, help="replace --out if 
 _RESUME = click.Option(["--resume"], is_flag=True, help="go on with a run that was stopped")
 _DRY_RUN = click.Option(["--dry-run"], is_flag=True, help="check everything, write nothing")
 _JSON = click.Option(["--json", "as_json"], is_flag=True, help="print JSON")
-_FAIL_ON = click.Option(
-    ["--fail-on"], help="findings that end with exit status 3, as no-effect,destroyed"
-)
+_FAIL_ON = click.Option(["--fail-on"], help="findings that end with exit status 3, as no-effect,destroyed")
 
 
 def _commands() -> dict[str, click.Command]:
@@ -91,7 +89,11 @@ class TaskCommand(click.Command):
     """`germane TASK ... --method NAME`: flags from the task's job and the chosen method."""
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
     ) -> click.Context:
         from germane.job import job_class
 
@@ -132,7 +134,11 @@ class CompareCommand(click.Command):
     """`germane compare RECIPE.yaml|TASK ... --methods a,b,c`."""
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
     ) -> click.Context:
         from germane.job import job_class
 
@@ -142,10 +148,14 @@ class CompareCommand(click.Command):
             click.Option(["--methods"], required=True, help="names, separated by commas"),
             click.Option(["--seeds"], default="0", show_default=True, help="separated by commas"),
             click.Option(
-                ["--vary"], multiple=True, help="METHOD.SETTING=a,b,...: a row for each value; repeatable"
+                ["--vary"],
+                multiple=True,
+                help="METHOD.SETTING=a,b,...: a row for each value; repeatable",
             ),
             click.Option(
-                ["--set", "changes"], multiple=True, help="METHOD.SETTING=value, or a recipe's key=value"
+                ["--set", "changes"],
+                multiple=True,
+                help="METHOD.SETTING=value, or a recipe's key=value",
             ),
             click.Option(["--on"], default="", help="ray, or ray://host:port; default: this machine"),
             click.Option(["--workers"], type=int, default=1, show_default=True, help="rows at a time"),
@@ -265,7 +275,9 @@ def _fixed(values: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _varied(values: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     """`METHOD.SETTING=a,b` words as method -> setting -> values."""
     return {
-        name: {key: [yaml.safe_load(part) for part in str(text).split(",")] for key, text in settings.items()}
+        name: {
+            key: [yaml.safe_load(part) for part in str(text).split(",")] for key, text in settings.items()
+        }
         for name, settings in _fixed(values).items()
     }
 

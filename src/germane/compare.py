@@ -8,7 +8,6 @@ with the rows that are missing. Rows run here, or on a Ray cluster that sees the
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -87,7 +86,9 @@ def compare(
     runs = _on_ray(waiting, on, keep) if on else _here(waiting, workers, threads, keep)
     for _ in track(runs, "rows", len(waiting)):
         pass
-    evidence = Evidence.begin(recipe.title or folder.name, recipe.model_dump(exclude_defaults=True), "compare")
+    evidence = Evidence.begin(
+        recipe.title or folder.name, recipe.model_dump(exclude_defaults=True), "compare"
+    )
     rows = [_row(cell) for cell in cells]
     evidence.rows = [*_references(cells), *rows]
     evidence.tables = _normalised(rows)
@@ -113,7 +114,14 @@ def _grid(
             for seed in seeds:
                 label = " ".join([name, *(f"{key}={value}" for key, value in changed.items())])
                 number = "-".join([label.replace(" ", "-").replace("/", "-"), f"seed{seed}"])
-                yield Cell(label, name, chosen, seed, _with(recipe, name, chosen, seed), folder / "rows" / number)
+                yield Cell(
+                    label,
+                    name,
+                    chosen,
+                    seed,
+                    _with(recipe, name, chosen, seed),
+                    folder / "rows" / number,
+                )
 
 
 def _with(recipe: Recipe, method: str, settings: dict[str, Any], seed: int) -> Recipe:
@@ -143,7 +151,15 @@ def run_cell(cell: Cell, threads: int, keep: bool) -> None:
     cell.folder.mkdir(parents=True)
     (cell.folder / "recipe.yaml").write_text(_asked(cell), encoding="utf-8")
     result = cell.folder / "result"
-    command = [sys.executable, "-m", "germane", "run", str(cell.folder / "recipe.yaml"), "--out", str(result)]
+    command = [
+        sys.executable,
+        "-m",
+        "germane",
+        "run",
+        str(cell.folder / "recipe.yaml"),
+        "--out",
+        str(result),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (cell.folder / "log.txt").open("w", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
@@ -194,7 +210,11 @@ def _absolute(cell: Cell) -> Cell:
 
 def _row(cell: Cell) -> Row:
     row = Row(
-        label=cell.label, method=cell.method, settings=cell.settings, seed=cell.seed, folder=str(cell.folder)
+        label=cell.label,
+        method=cell.method,
+        settings=cell.settings,
+        seed=cell.seed,
+        folder=str(cell.folder),
     )
     if not _finished(cell):
         row.status, row.error = "failed", _last_words(cell)
@@ -221,7 +241,11 @@ def _references(cells: Sequence[Cell]) -> list[Row]:
             scores = Evidence.read(cell.folder / "result").scores
             subjects = dict.fromkeys(score.subject for score in scores if score.subject != "result")
             return [
-                Row(label=subject, status="reference", scores=[s for s in scores if s.subject == subject])
+                Row(
+                    label=subject,
+                    status="reference",
+                    scores=[s for s in scores if s.subject == subject],
+                )
                 for subject in subjects
             ]
     return []
@@ -285,5 +309,3 @@ def _order(row: Row, metric: str) -> tuple[int, float]:
     if mean is None:
         return 1, 0.0
     return 0, -mean if row.scores[0].higher_is_better else mean
-
-

@@ -258,9 +258,7 @@ def _workshop(target: Path, resume: bool) -> Iterator[Path]:
         yield workshop
 
 
-def _run_step(
-    planned: Planned, seed: int, workshop: Path, results: dict[str, Path], resume: bool
-) -> Step:
+def _run_step(planned: Planned, seed: int, workshop: Path, results: dict[str, Path], resume: bool) -> Step:
     folder = workshop / planned.name
     job = planned.job(results)
     step = Step(

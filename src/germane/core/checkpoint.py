@@ -95,7 +95,10 @@ class TensorInfo:
 class Source(Protocol):
     """Anything that gives a model's tensors by name, a run of elements at a time."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """What it is called in messages and evidence."""
+        ...
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the tensor, flat, in any float dtype."""
@@ -157,9 +160,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
     name, _, revision = str(path).partition("@")
     try:
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES)
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
@@ -220,7 +221,7 @@ def read_header(file: Path) -> list[TensorInfo]:
 def read_elements(info: TensorInfo, start: int, stop: int) -> Tensor:
     """Elements `start` to `stop` of a tensor on disk, flat."""
     values = torch.empty(stop - start, dtype=_DTYPES[info.dtype])
-    view = memoryview(values.view(torch.uint8).numpy())
+    view = values.view(torch.uint8).numpy().data
     descriptor = os.open(info.file, os.O_RDONLY)
     try:
         offset = info.offset + start * info.itemsize
@@ -308,7 +309,7 @@ class Writer:
         """Put `values` (flat) at element `start` of the tensor, cast to the dtype of the file."""
         info = self._places[name]
         cast = values.detach().to("cpu", _DTYPES[info.dtype]).contiguous()
-        view = memoryview(cast.view(torch.uint8).numpy())
+        view = cast.view(torch.uint8).numpy().data
         _write_at(self._descriptors[info.file], view, info.offset + start * info.itemsize)
 
     def close(self) -> None:
@@ -373,4 +374,4 @@ def model_class(folder: Path) -> type[PreTrainedModel]:
             f"{folder}: config.json names no class of transformers under `architectures` "
             f"(it says {names or 'nothing'}); germane runs no code from model folders."
         )
-    return kind  # type: ignore[no-any-return]
+    return kind

@@ -1,7 +1,7 @@
 """Every error germane raises on purpose, on one page.
 
 GermaneError
-├── SettingError        a setting, recipe key or argument is unknown, of the wrong type, or out of bounds
+├── SettingError        a setting, recipe key or argument: unknown, of wrong type, out of bounds
 ├── UnknownName         no task, method or suite of that name
 ├── CheckpointError     a checkpoint cannot be read, or does not fit the others
 ├── RecordsError        a data file cannot be read, or lacks a field
@@ -9,7 +9,7 @@ GermaneError
 ├── OutputExists        the output folder is there already
 ├── MissingExtra        an optional library is not installed
 ├── EndpointError       a model server did not answer, or not usefully
-└── EffectError         the run finished, and changed nothing or destroyed the model (only when asked to fail)
+└── EffectError         the run changed nothing or destroyed the model, and was asked to fail then
 
 Each message says what is wrong, where, and what to do next. The command line prints the message
 alone and leaves with `exit_code`; anything that is not a GermaneError is a defect of germane.

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
+from torch.nn import functional
 
 from germane.core.errors import RecordsError
 from germane.core.evidence import Score
@@ -155,7 +155,13 @@ class Task:
         n = len(self.rows)
         low, high = wilson(right, n)
         return Score(
-            subject=subject, task=self.name, metric="accuracy", value=right / n, n=n, low=low, high=high
+            subject=subject,
+            task=self.name,
+            metric="accuracy",
+            value=right / n,
+            n=n,
+            low=low,
+            high=high,
         )
 
     def _score_loss(self, subject: str, batch_size: int) -> Score:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 Item = TypeVar("Item")
 
@@ -32,25 +32,31 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
             advance()
 
 
-class Advance:
-    """Moves a bar on; calling it does nothing where no bar is shown."""
-
-    def __init__(self) -> None:
-        self._step = lambda amount, note: None
+class Advance(Protocol):
+    """Moves a bar on."""
 
     def __call__(self, amount: float = 1, note: str = "") -> None:
-        self._step(amount, note)
+        """By so much, with a note beside the bar."""
+
+
+def _no_bar(amount: float = 1, note: str = "") -> None:
+    """Moves nothing on, where no bar is shown."""
 
 
 @contextmanager
 def bar(label: str, total: float | None = None) -> Iterator[Advance]:
     """A bar for work that is not a plain loop; yields a function that moves it on."""
-    advance = Advance()
     if not _visible():
-        yield advance
+        yield _no_bar
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -62,5 +68,8 @@ def bar(label: str, total: float | None = None) -> Iterator[Advance]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=total, note="")
-        advance._step = lambda amount, note: progress.update(task, advance=amount, note=note)
+
+        def advance(amount: float = 1, note: str = "") -> None:
+            progress.update(task, advance=amount, note=note)
+
         yield advance

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from germane.core.checkpoint import Checkpoint, TensorInfo, read_elements, read_header, read_json
@@ -49,9 +48,7 @@ class Adapter:
         self.config = read_json(folder / "adapter_config.json")
         self._refuse_other_kinds()
         if not (folder / _WEIGHTS).exists():
-            raise CheckpointError(
-                f"{folder}: has no {_WEIGHTS}; save the adapter again with safetensors."
-            )
+            raise CheckpointError(f"{folder}: has no {_WEIGHTS}; save the adapter again with safetensors.")
         self.files = [folder / _WEIGHTS]
         self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, TensorInfo] = {}

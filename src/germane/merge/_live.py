@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from germane.core.checkpoint import Checkpoint, Source, TensorInfo, model_class
+from germane.core.checkpoint import Source, TensorInfo, model_class
 from germane.core.device import device
 from germane.core.errors import CheckpointError, RecordsError
 from germane.core.evidence import Step
@@ -107,7 +107,7 @@ class Live:
             for batch in task.batches(_BATCH, task.sorted_order()):
                 value = task.losses(batch, loss).sum() / len(task.rows)
                 (value / len(tasks)).backward()
-                total += float(value)
+                total += float(value.detach())
             losses[task.name] = total
         return losses
 
@@ -121,7 +121,8 @@ class Live:
         """Each task's mean loss."""
         return {
             task.name: sum(
-                float(task.losses(batch, loss).sum()) for batch in task.batches(2 * _BATCH, task.sorted_order())
+                float(task.losses(batch, loss).sum())
+                for batch in task.batches(2 * _BATCH, task.sorted_order())
             )
             / len(task.rows)
             for task in self.tasks
@@ -174,7 +175,9 @@ def moving_tensors(pool: Pool) -> list[TensorInfo]:
     """The tensors in which at least one member differs from the base."""
     stream = Stream(pool.base, pool.members, pool.tensors)
     moved = {
-        name for name, most in stream.fold(lambda block: block.deltas.abs().amax().view(1), True) if most > 0
+        name
+        for name, most in stream.fold(lambda block: block.deltas.abs().amax().view(1), True)
+        if most > 0
     }
     return [info for info in pool.tensors if info.name in moved]
 
@@ -197,6 +200,10 @@ def head_member(pool: Pool, data: Data) -> Member | Adapter | None:
     """The member whose head reads `data`, or None where the models have no heads of their own."""
     with_heads = [member for member in pool.members if has_head(member)]
     if not with_heads:
+        if data.head:
+            raise RecordsError(
+                f"data {data.name!r}: no member of the pool has a head of its own, so `head` must be left out."
+            )
         return None
     wanted = data.head or data.name
     for member in with_heads:
@@ -228,7 +235,8 @@ def _load_adapter_head(pool: Pool, adapter: Adapter) -> Any:
         raise CheckpointError(f"{adapter.folder}: adapters of task type {adapter.config.get('task_type')} "
                               f"have no known head; known: {', '.join(kinds)}.")  # fmt: skip
     head = adapter.head()
-    labels = max((len(tensor) for name, tensor in head.items() if name.endswith("bias")), default=2)
+    # The narrowest tensor is the last layer: heads such as RoBERTa's have wider ones before it.
+    labels = min((len(tensor) for tensor in head.values() if tensor.dim()), default=2)
     model = getattr(transformers, kind).from_pretrained(
         pool.base.folder, num_labels=labels, dtype=torch.float32
     )
@@ -318,5 +326,5 @@ def _sampled_gradient(live: Live, generator: np.random.Generator, batch_size: in
         order = generator.choice(len(task.rows), size, replace=False)
         value = task.losses(next(task.batches(size, list(order))), loss).mean()
         value.backward()
-        total += float(value)
+        total += float(value.detach())
     return total

@@ -1,4 +1,4 @@
-"""The pool: which checkpoints it holds, how their tensors map to the base's, what is wrong with them.
+"""The pool: which checkpoints it holds, how their tensors map to the base's, what is wrong.
 
 Nothing here knows an architecture. Tensors correspond by name; where one side saved a bare encoder
 and the other a model with a head, the names differ by one prefix, which is found by comparing them.
@@ -98,7 +98,9 @@ def expand(paths: Sequence[str]) -> list[str]:
     for path in paths:
         matches = [path]
         if glob.has_magic(path):
-            matches = [match for match in sorted(glob.glob(os.path.expanduser(path))) if os.path.isdir(match)]
+            matches = [
+                match for match in sorted(glob.glob(str(Path(path).expanduser()))) if Path(match).is_dir()
+            ]
         for match in matches:
             found.extend(_children(Path(match).expanduser()) or [match])
     if not found:
@@ -208,9 +210,7 @@ def _tied_name(name: str, base: Checkpoint, checkpoint: Checkpoint, prefix: str)
     return ""
 
 
-def _split_heads(
-    base: Checkpoint, members: list[Member | Adapter], patterns: Sequence[str]
-) -> Pool:
+def _split_heads(base: Checkpoint, members: list[Member | Adapter], patterns: Sequence[str]) -> Pool:
     """Decide for every tensor: merged, kept aside as a head, or a reason to stop."""
     aside = {name for name in base.tensors if _matches(name, patterns)}
     faults: list[str] = []
@@ -231,9 +231,9 @@ def _split_heads(
         raise CheckpointError("\n".join(shown + more))
     for member in full:
         member.heads += [member.names[name] for name in sorted(aside) if name in member.names]
-    for member in members:
-        if isinstance(member, Adapter):
-            member.set_aside(aside)
+    for adapter in members:
+        if isinstance(adapter, Adapter):
+            adapter.set_aside(aside)
     tensors = [t for t in base.tensors.values() if t.is_float and t.name not in aside]
     kept = [t for t in base.tensors.values() if not t.is_float or t.name in aside]
     return Pool(base, members, tensors, kept)
@@ -302,7 +302,9 @@ def _is_head(name: str, checkpoint: Checkpoint) -> bool:
 
 
 def _labels_differ(base: Checkpoint, members: list[Member]) -> bool:
-    labels = [str(checkpoint.config.get("id2label")) for checkpoint in (base, *(m.checkpoint for m in members))]
+    labels = [
+        str(checkpoint.config.get("id2label")) for checkpoint in (base, *(m.checkpoint for m in members))
+    ]
     return len(set(labels)) > 1
 
 
@@ -332,7 +334,7 @@ def _check_file(file: Path) -> tuple[str, list[str]]:
     for info in infos:
         for start in range(0, info.count, _RUN):
             values = read_elements(info, start, min(start + _RUN, info.count))
-            state.update(values.view(torch.uint8).numpy())
+            state.update(values.view(torch.uint8).numpy().data)
             if info.is_float and not all(torch.isfinite(end) for end in torch.aminmax(values)):
                 faults.append(f"{file}: {info.name} holds NaN or infinite numbers.")
                 break
@@ -373,7 +375,11 @@ def _stranger(member: Member | Adapter, sample: Tensor, base: Tensor) -> list[Fi
         return []
     if _looks_untrained(member):
         return [
-            _serious("random-weights", member.label, "holds random weights: its norms and biases are as initialised.")
+            _serious(
+                "random-weights",
+                member.label,
+                "holds random weights: its norms and biases are as initialised.",
+            )
         ]
     text = f"does not descend from this base: cosine of the weights {cosine:.2f}."
     return [_serious("foreign", member.label, text)]
@@ -383,7 +389,9 @@ def _looks_untrained(member: Member | Adapter) -> bool:
     """Fresh networks have all-equal vectors: norms of one, biases of zero."""
     if isinstance(member, Adapter):
         return False
-    vectors = [info for info in member.checkpoint.tensors.values() if len(info.shape) == 1 and info.is_float]
+    vectors = [
+        info for info in member.checkpoint.tensors.values() if len(info.shape) == 1 and info.is_float
+    ]
     constant = sum(bool((v == v[0]).all()) for v in (read_elements(i, 0, i.count) for i in vectors))
     return bool(vectors) and constant >= 0.9 * len(vectors)
 
@@ -395,7 +403,9 @@ def _copy(pool: Pool, member: Member | Adapter, deltas: dict[str, Tensor]) -> li
         return [_serious("duplicate-of-base", member.label, "is the base itself, and adds nothing.")]
     for label, delta in list(deltas.items())[:-1]:
         if torch.equal(mine, delta) and _same(pool, member, pool.member(label)):
-            return [_serious("duplicate", member.label, f"is the same as {label}, which would count twice.")]
+            return [
+                _serious("duplicate", member.label, f"is the same as {label}, which would count twice.")
+            ]
     return []
 
 

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from germane.core.errors import SettingError
 from germane.merge._stream import Block, Stream
 from germane.method import Method
+
+_GROUP = 4  # members whose bits are counted at a time
 
 
 class Rule(Method):
@@ -23,7 +26,7 @@ class Rule(Method):
     such as a threshold, gathers it in `survey` with `Stream.fold`.
     """
 
-    def check_pool(self, size: int) -> None:  # noqa: B027 - most rules take any number
+    def check_pool(self, size: int) -> None:
         """Raise `SettingError` where the rule cannot merge `size` models."""
 
     def survey(self, stream: Stream) -> Any:
@@ -49,7 +52,7 @@ def magnitude_thresholds(
     The k-th smallest of |delta| is found by counting bit patterns: non-negative float32 numbers
     sort as their bits do. One pass counts the upper 16 bits, a second the lower 16 of those in the
     bin where the k-th lies. No sort, and memory that depends neither on the size of the tensors
-    nor, but for the counts, on the number of members.
+    nor on the number of members, which are taken a few at a time.
 
     Args:
         stream: Base and members.
@@ -60,6 +63,20 @@ def magnitude_thresholds(
     Returns:
         Tensor name (or "" for the whole model) -> thresholds (models, ranks), float32.
     """
+    groups = [
+        _thresholds(
+            Stream(stream.base, stream.members[start : start + _GROUP], stream.tensors),
+            ranks_of,
+            per_tensor,
+        )
+        for start in range(0, len(stream.members), _GROUP)
+    ]
+    return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
+
+
+def _thresholds(
+    stream: Stream, ranks_of: Callable[[int], list[int]], per_tensor: bool
+) -> dict[str, Tensor]:
     sizes = {info.name: info.count for info in stream.tensors} | {"": stream.elements}
     bins, remaining = {}, {}
     for name, counts in stream.fold(_count_upper_bits, per_tensor):
@@ -127,9 +144,23 @@ def elect_and_average(deltas: Tensor) -> Tensor:
         (n,)
     """
     elected = deltas.sum(dim=0).sign_()
-    agreeing = deltas * elected > 0
-    count = agreeing.sum(dim=0)
-    return (deltas * agreeing).sum(dim=0).div_(count.clamp_(min=1))
+    agreeing = (deltas * elected).clamp_(min=0)  # magnitudes of those with the elected sign
+    total = agreeing.sum(dim=0)
+    count = agreeing.sign_().sum(dim=0).clamp_(min=1)
+    return total.div_(count).mul_(elected)
+
+
+def trim(deltas: Tensor, thresholds: Tensor) -> Tensor:
+    """Zero what is smaller in magnitude than its row's threshold.
+
+    Args:
+        deltas: (models, n).
+        thresholds: (models, 1), at least 0.
+    """
+    # hardshrink keeps what is strictly larger, and is many times faster than a mask.
+    below = torch.nextafter(thresholds, -torch.ones(())).clamp_(min=0)
+    rows = zip(deltas, below.squeeze(1).tolist(), strict=True)
+    return torch.stack([functional.hardshrink(row, bound) for row, bound in rows])
 
 
 def task_weights(weights: list[float], deltas: Tensor) -> Tensor:

@@ -57,9 +57,7 @@ class Stream:
         tensors: Which tensors flow, in which order.
     """
 
-    def __init__(
-        self, base: Source, members: Sequence[Source], tensors: Sequence[TensorInfo]
-    ) -> None:
+    def __init__(self, base: Source, members: Sequence[Source], tensors: Sequence[TensorInfo]) -> None:
         self.base = base
         self.members = list(members)
         self.tensors = list(tensors)
@@ -114,9 +112,7 @@ class Stream:
             for start in range(0, info.count, size):
                 yield info, start, min(start + size, info.count)
 
-    def _apply(
-        self, function: Callable[[Block], Value], info: TensorInfo, start: int, stop: int
-    ) -> Value:
+    def _apply(self, function: Callable[[Block], Value], info: TensorInfo, start: int, stop: int) -> Value:
         base = self.base.read(info.name, start, stop).float()
         deltas = torch.empty(len(self.members), stop - start)
         for row, member in zip(deltas, self.members, strict=True):

@@ -136,9 +136,7 @@ class Merge(Job):
         heads = [member for member in pool.members if member.heads]
         return pool.base.size * (1 + (len(heads) if self.save_tasks else 0)) + (16 << 20)
 
-    def _merge_stream(
-        self, rule: Rule, pool: Pool, folder: Path, step: Step, seed: int
-    ) -> None:
+    def _merge_stream(self, rule: Rule, pool: Pool, folder: Path, step: Step, seed: int) -> None:
         """Data-free: every block goes from the files through the rule to its place in the result."""
         stream = Stream(pool.base, pool.members, pool.tensors)
         with step.stage("survey"):
@@ -157,15 +155,14 @@ class Merge(Job):
             writer.close()
         step.shares += _equal_shares(rule, pool)
 
-    def _merge_live(
-        self, method: LiveMethod, pool: Pool, folder: Path, step: Step, seed: int
-    ) -> None:
+    def _merge_live(self, method: LiveMethod, pool: Pool, folder: Path, step: Step, seed: int) -> None:
         """With data: the method moves a model in memory, which is then written."""
         samples = getattr(method, "samples", None)
         with step.stage("load"):
             live = Live(pool, self.data, samples)
         with step.stage("merge"):
-            method.move(live, pool, step, seed)
+            if live.tensors:  # else no member differs from the base
+                method.move(live, pool, step, seed)
         with step.stage("write"):
             writer = _begin(pool, folder)
             try:

@@ -23,9 +23,7 @@ _HALVINGS = 6
 _START = "start"
 
 
-@method(
-    "merge/frank-wolfe", paper="2503.12649", code="hmarkc/FW-Merging", needs=("data",)
-)
+@method("merge/frank-wolfe", paper="2503.12649", code="hmarkc/FW-Merging", needs=("data",))
 class FrankWolfe(LiveMethod):
     """Take from the pool, round by round, only what lowers the loss on a few records.
 
@@ -298,7 +296,12 @@ class _Search:
         for label, share in zip(self.labels, shares, strict=True):
             if label != _START:
                 step.shares.append(
-                    Share(member=label, share=max(0.0, share), taken=share > 0, reason=self._reason(label))
+                    Share(
+                        member=label,
+                        share=max(0.0, share),
+                        taken=share > 0,
+                        reason=self._reason(label),
+                    )
                 )
         step.facts["rounds"] = [vars(entry) for entry in self.log]
         step.plots += self._plots()

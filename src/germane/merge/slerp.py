@@ -40,12 +40,12 @@ class Slerp(Rule):
         first, second, dot = products
         cosine = dot / (first * second).sqrt()
         if not cosine.abs() <= _PARALLEL:  # a zero tensor has no angle: NaN lands here too
-            return torch.tensor([1 - self.t, self.t])
+            return torch.tensor([1 - self.t, self.t], dtype=torch.float64)
         angle = cosine.arccos()
-        return (torch.stack([(1 - self.t) * angle, self.t * angle]).sin() / angle.sin()).float()
+        return torch.stack([(1 - self.t) * angle, self.t * angle]).sin() / angle.sin()
 
     def combine(self, block: Block, survey: dict[str, Tensor], seed: int) -> Tensor:
-        first, second = survey[block.name]
+        first, second = survey[block.name].tolist()
         rest = first + second - 1
         return block.base + rest * block.base + first * block.deltas[0] + second * block.deltas[1]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from germane.merge._rule import Rule, elect_and_average, magnitude_thresholds
+from germane.merge._rule import Rule, elect_and_average, magnitude_thresholds, trim
 from germane.merge._stream import Block, Stream
 from germane.method import method
 
@@ -45,6 +44,5 @@ class Ties(Rule):
     def combine(self, block: Block, survey: dict[str, Any], seed: int) -> Tensor:
         deltas = block.deltas
         if survey:
-            kept = survey[block.name if self.trim == "tensor" else ""]
-            deltas = torch.where(deltas.abs() >= kept, deltas, 0.0)
+            deltas = trim(deltas, survey[block.name if self.trim == "tensor" else ""])
         return block.base + self.scale * elect_and_average(deltas)
