@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def compare(
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise OutputExists(f"{folder}: is there already; --resume goes on with it, or choose another.")
     cells = list(_grid(recipe, methods, seeds, vary or {}, settings or {}, folder))
+    cells = [cells[0], *(_without_references(cell) for cell in cells[1:])]
     for cell in cells:
         check(cell.recipe)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +91,9 @@ def compare(
         recipe.title or folder.name, recipe.model_dump(exclude_defaults=True), "compare"
     )
     rows = [_row(cell) for cell in cells]
-    evidence.rows = [*_references(cells), *rows]
-    evidence.tables = _normalised(rows)
+    references = _references(cells)
+    evidence.rows = [*references, *rows]
+    evidence.tables = _normalised(rows, references)
     _write(evidence, folder)
     return Result(folder, evidence)
 
@@ -130,6 +132,13 @@ def _with(recipe: Recipe, method: str, settings: dict[str, Any], seed: int) -> R
     kept = last.get("settings", {}) if last.get("method") == method else {}
     steps = [*first, {**last, "method": method, "settings": {**kept, **settings}}]
     return recipe.model_copy(update={"steps": steps, "seed": seed})
+
+
+def _without_references(cell: Cell) -> Cell:
+    """The same row, but for the scores of base and members, which the first row measures for all."""
+    *first, last = cell.recipe.steps
+    recipe = cell.recipe.model_copy(update={"steps": [*first, {**last, "references": False}]})
+    return replace(cell, recipe=recipe)
 
 
 def _asked(cell: Cell) -> str:
@@ -205,7 +214,7 @@ def _on_ray(cells: Sequence[Cell], address: str, keep: bool) -> Iterator[None]:
 
 
 def _absolute(cell: Cell) -> Cell:
-    return Cell(**{**vars(cell), "folder": cell.folder.absolute()})
+    return replace(cell, folder=cell.folder.absolute())
 
 
 def _row(cell: Cell) -> Row:
@@ -251,13 +260,13 @@ def _references(cells: Sequence[Cell]) -> list[Row]:
     return []
 
 
-def _normalised(rows: Sequence[Row]) -> list[Table]:
+def _normalised(rows: Sequence[Row], references: Sequence[Row]) -> list[Table]:
     """Mean of score over the member's own score, in percent, where members have scores of their own."""
+    own = {score.task: score for row in references if row.label == "own" for score in row.scores}
     lines: list[list[str | float | int | None]] = []
     for row in rows:
         if row.status != "done" or not row.scores:
             continue
-        own = {s.task: s for s in Evidence.read(Path(row.folder) / "result").scores if s.subject == "own"}
         shares = [_share(score, own.get(score.task)) for score in row.scores]
         known = [share for share in shares if share is not None]
         if known:
@@ -287,9 +296,9 @@ def print_table(evidence: Evidence) -> None:
     scored = [row for row in evidence.rows if row.scores]
     metric = scored[0].scores[0].metric if scored else "score"
     tasks = list(dict.fromkeys(score.task for row in scored for score in row.scores))
-    sheet = Sheet()
+    sheet = Sheet(box=None, pad_edge=False)
     for name in ("method", "seed", f"mean {metric}", *tasks, "seconds", ""):
-        sheet.add_column(name, justify="left" if name in ("method", "") else "right")
+        sheet.add_column(name, justify="left" if name in ("method", "") else "right", no_wrap=True)
     for row in sorted(evidence.rows, key=lambda row: _order(row, metric)):
         values = {score.task: f"{score.value:.3f}" for score in row.scores if score.metric == metric}
         mean = row.mean(metric)
@@ -301,7 +310,7 @@ def print_table(evidence: Evidence) -> None:
             "" if row.seconds is None else f"{row.seconds:.1f}",
             row.error if row.status == "failed" else row.status,
         )
-    Console().print(sheet)
+    Console(width=None if sys.stdout.isatty() else 200).print(sheet)
 
 
 def _order(row: Row, metric: str) -> tuple[int, float]:

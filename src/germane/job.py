@@ -28,6 +28,9 @@ class Job(Settings):
     paths: ClassVar[tuple[str, ...]] = ()
 
     evaluate: list[Data] = Field(default=[], description="records to score on, as name=path")
+    references: bool = Field(
+        default=True, description="also score what the result is compared with, such as the base"
+    )
 
     @abstractmethod
     def check(self, method: Method) -> None:

@@ -8,10 +8,13 @@ result of an earlier step.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +25,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from germane.core.errors import EffectError, OutputExists, SettingError
+from germane.core.errors import EffectError, NoSpace, OutputExists, SettingError
 from germane.core.evidence import Evidence, Finding, Score, Share, Step, peak_memory
 from germane.core.progress import announce
 from germane.core.records import Data
@@ -125,16 +128,21 @@ def read_recipe(file: str | os.PathLike[str], changes: Mapping[str, Any] | None 
 def _set(content: Any, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for part in parents:
-        if isinstance(content, list):
-            if not part.isdigit() or int(part) >= len(content):
-                raise SettingError(f"--set {key}: there is no item {part}; the list has {len(content)}.")
-            content = content[int(part)]
-        else:
-            content = content.setdefault(part, {})
-    if isinstance(content, list):
-        content[int(last)] = value
-    else:
-        content[last] = value
+        if isinstance(content, dict):
+            content[part] = content.get(part) or {}
+        content = content[_index(content, key, part)]
+    content[_index(content, key, last)] = value
+
+
+def _index(content: Any, key: str, part: str) -> Any:
+    """`part` of the path `key` as what indexes `content`, a mapping or a list."""
+    if isinstance(content, dict):
+        return part
+    if not isinstance(content, list):
+        raise SettingError(f"--set {key}: {part!r} is sought in {content!r}, which holds no keys.")
+    if not part.isdigit() or int(part) >= len(content):
+        raise SettingError(f"--set {key}: there is no item {part}; the list has {len(content)}.")
+    return int(part)
 
 
 def plan(recipe: Recipe) -> list[Planned]:
@@ -145,11 +153,13 @@ def plan(recipe: Recipe) -> list[Planned]:
         for key in ("task", "method"):
             if not isinstance(step.get(key), str):
                 raise SettingError(f"{place}.{key}: required, but not given.")
-        task, method = step["task"], step["method"].split("/")[-1]
+        task, method = step["task"], step["method"].removeprefix(f"{step['task']}/")
         arguments = {key: value for key, value in step.items() if key not in _OWN_KEYS}
         if number == len(recipe.steps) - 1 and recipe.evaluate:
-            arguments["evaluate"] = [*arguments.get("evaluate", []), *_plain(recipe.evaluate)]
+            arguments["evaluate"] = [*(arguments.get("evaluate") or []), *_plain(recipe.evaluate)]
         name = str(step.get("name") or f"{number + 1}-{task}")
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise SettingError(f"{place}.name: must be letters, digits, _ and -; got {name!r}.")
         _check_references(arguments, [earlier.name for earlier in planned], place)
         kind = job_class(task)
         validate(kind, arguments, place)
@@ -229,12 +239,14 @@ def run(
     if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
         raise OutputExists(f"{target}: is there already; choose another --out, or --overwrite it.")
     planned = check(recipe)
+    _keep_inputs(target, planned)
     evidence = Evidence.begin(recipe.title or target.name, recipe.model_dump(exclude_defaults=True))
     with _workshop(target, resume) as workshop:
         results: dict[str, Path] = {}
         for step in planned:
             results[step.name] = workshop / step.name
-            evidence.steps.append(_run_step(step, recipe.seed, workshop, results, resume))
+            done = _run_step(step, recipe.seed, workshop, results, resume, evidence.steps)
+            evidence.steps.append(done)
         final = _finish(evidence, recipe, workshop, planned)
         _put_in_place(final, target)
     shutil.rmtree(workshop, ignore_errors=True)
@@ -242,11 +254,38 @@ def run(
     return Result(target, evidence)
 
 
+def _paths(job: Job) -> Iterator[str]:
+    """The files and folders a job reads."""
+    for name in type(job).model_fields:
+        value = getattr(job, name)
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Data):
+                yield item.path
+            elif name in job.paths and isinstance(item, str) and item:
+                yield item
+
+
+def _keep_inputs(target: Path, planned: list[Planned]) -> None:
+    """Refuse to replace a folder that holds what the run reads."""
+    for step in planned:
+        for text in _paths(step.job({})):
+            for found in glob.glob(str(Path(text).expanduser())):
+                path = Path(found).resolve()
+                in_pool = path == target.resolve().parent and not (path / "config.json").exists()
+                if target.exists() and (in_pool or target.resolve() in (path, *path.parents)):
+                    raise OutputExists(
+                        f"{target}: holds {text}, which the run reads; choose another --out."
+                    )
+
+
 @contextlib.contextmanager
 def _workshop(target: Path, resume: bool) -> Iterator[Path]:
     """The sibling folder in which the result is made; locked, so that two runs cannot share it."""
     workshop = target.absolute().with_name(target.name + ".partial")
-    workshop.mkdir(parents=True, exist_ok=True)
+    try:
+        workshop.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"out: {target}: cannot be written: {error.strerror}.") from None
     with (workshop / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,10 +294,25 @@ def _workshop(target: Path, resume: bool) -> Iterator[Path]:
         for entry in workshop.iterdir():
             if entry.is_dir() and (not resume or entry.name.endswith(".tmp")):
                 shutil.rmtree(entry)
-        yield workshop
+        try:
+            yield workshop
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise NoSpace(f"{target}: the disk is full: make room and try again.") from None
+        finally:
+            if not any(entry.is_dir() for entry in workshop.iterdir()):
+                shutil.rmtree(workshop)
 
 
-def _run_step(planned: Planned, seed: int, workshop: Path, results: dict[str, Path], resume: bool) -> Step:
+def _run_step(
+    planned: Planned,
+    seed: int,
+    workshop: Path,
+    results: dict[str, Path],
+    resume: bool,
+    earlier: list[Step],
+) -> Step:
     folder = workshop / planned.name
     job = planned.job(results)
     step = Step(
@@ -270,7 +324,7 @@ def _run_step(planned: Planned, seed: int, workshop: Path, results: dict[str, Pa
         job=_resolve_names(job.model_dump(mode="json", exclude_defaults=True), workshop),
         seed=seed,
     )
-    key = _key(step)
+    key = _key([*earlier, step])
     if resume and (folder / "step.json").exists():
         kept = json.loads((folder / "step.json").read_text(encoding="utf-8"))
         if kept["key"] == key:
@@ -286,6 +340,7 @@ def _run_step(planned: Planned, seed: int, workshop: Path, results: dict[str, Pa
         job.run(planned.method, temporary, step, seed)
         step.seconds = round(time.perf_counter() - start, 4)
         step.peak_memory_bytes = peak_memory()
+        step.inputs = {_resolve_names(path, workshop): seen for path, seen in step.inputs.items()}
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -307,9 +362,9 @@ def _resolve_names(value: Any, workshop: Path) -> Any:
     return value
 
 
-def _key(step: Step) -> str:
-    """Changes when anything that was asked of the step changes."""
-    asked = [step.task, step.method, step.settings, step.job, step.seed]
+def _key(steps: list[Step]) -> str:
+    """Changes when anything that was asked of the last step, or of those before it, changes."""
+    asked = [[step.task, step.method, step.settings, step.job, step.seed] for step in steps]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -338,9 +393,17 @@ def _put_in_place(final: Path, target: Path) -> None:
         final.rename(target)
         return
     old = target.with_name(target.name + ".old")
+    _remove(old)  # of a run that was killed after the second rename
     target.rename(old)
     final.rename(target)
-    shutil.rmtree(old)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _judge(evidence: Evidence, fail_on: list[str]) -> None:

@@ -196,17 +196,20 @@ def read_header(file: Path) -> list[TensorInfo]:
             header = json.loads(stream.read(length))
         except ValueError:
             raise CheckpointError(f"{file}: its header is damaged; download it again.") from None
-    header.pop("__metadata__", None)
+    try:
+        header.pop("__metadata__", None)
+        entries = {name: _parse_entry(entry) for name, entry in header.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{file}: its header is damaged; download it again.") from None
     infos, end = [], 0
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
+    for name, (dtype, shape, start, stop) in entries.items():
         end = max(end, stop)
-        if entry["dtype"] not in _DTYPES:
+        if dtype not in _DTYPES:
             raise CheckpointError(
-                f"{file}: {name} has dtype {entry['dtype']}, which cannot be computed with; "
+                f"{file}: {name} has dtype {dtype}, which cannot be computed with; "
                 "save the model as bfloat16, float16 or float32 first."
             )
-        info = TensorInfo(name, file, 8 + length + start, entry["dtype"], tuple(entry["shape"]))
+        info = TensorInfo(name, file, 8 + length + start, dtype, shape)
         if stop - start != info.count * info.itemsize:
             raise CheckpointError(f"{file}: {name} has {stop - start} bytes for {info.shape}.")
         infos.append(info)
@@ -216,6 +219,12 @@ def read_header(file: Path) -> list[TensorInfo]:
             f"the file has {size}; download or copy it again."
         )
     return infos
+
+
+def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype, shape, start and stop of a tensor as a header gives them."""
+    start, stop = entry["data_offsets"]
+    return entry["dtype"], tuple(map(int, entry["shape"])), int(start), int(stop)
 
 
 def read_elements(info: TensorInfo, start: int, stop: int) -> Tensor:
@@ -366,7 +375,9 @@ def require_space(folder: Path, size: int) -> None:
 def model_class(folder: Path) -> type[PreTrainedModel]:
     """The transformers class that `config.json` names, for any architecture transformers knows."""
     import transformers
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # germane shows its own, and only to a terminal
     names = read_json(folder / "config.json").get("architectures") or []
     kind = getattr(transformers, names[0], None) if names else None
     if kind is None:

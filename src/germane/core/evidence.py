@@ -25,7 +25,7 @@ FILE_NAME = "evidence.json"
 class Record(BaseModel):
     """Base of the parts of the evidence."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class Score(Record):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from germane.core.errors import RecordsError
+from germane.core.errors import CheckpointError, RecordsError
 from germane.core.evidence import Score
 from germane.core.records import Data, Row
 from germane.core.statistics import bootstrap_mean, wilson
@@ -37,6 +37,7 @@ class Task:
         tokenizer: The model's own.
 
     Raises:
+        CheckpointError: Another kind of model.
         RecordsError: A label the classifier does not know.
     """
 
@@ -50,7 +51,12 @@ class Task:
         self.data = data
         self.model = model
         self.tokenizer = tokenizer
-        self.generative = bool(model.can_generate())
+        self.generative = bool(model.can_generate()) and not model.config.is_encoder_decoder
+        if not self.generative and "SequenceClassification" not in type(model).__name__:
+            raise CheckpointError(
+                f"{model.config.name_or_path}: a {type(model).__name__} cannot be scored on {data.name!r}: "
+                "germane reads records with sequence classifiers and causal language models."
+            )
         self.rows = [self._encode(row, number) for number, row in enumerate(rows, 1)]
 
     @property
@@ -65,7 +71,7 @@ class Task:
 
     def _encode(self, row: Row, number: int) -> Row:
         if self.generative:
-            return self._encode_language(row)
+            return self._encode_language(row, number)
         pair = row[self.data.pair] if self.data.pair else None
         encoded = dict(
             self.tokenizer(row[self.data.text], pair, truncation=True, max_length=self._length())
@@ -78,7 +84,7 @@ class Task:
         limit = getattr(self.model.config, "max_position_embeddings", None) or self.data.max_tokens
         return min(self.data.max_tokens, limit)
 
-    def _encode_language(self, row: Row) -> Row:
+    def _encode_language(self, row: Row, number: int) -> Row:
         """Tokens and targets; of a prompt and an answer only the answer's tokens are targets."""
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         if self.data.prompt in row:
@@ -88,12 +94,23 @@ class Task:
             prompt, answer = [], self.tokenizer(row[self.data.text])["input_ids"]
         tokens = (prompt + answer + end)[: self._length()]
         labels = ([_IGNORED] * len(prompt) + answer + end)[: self._length()]
+        if all(label == _IGNORED for label in labels[1:]):
+            raise RecordsError(
+                f"{self.data.path}, record {number}: nothing is left to predict in its first "
+                f"{self._length()} tokens; raise max_tokens, or leave the record out."
+            )
         return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
     def _class(self, label: Any, number: int) -> int | float:
         config = self.model.config
         if config.num_labels == 1:
-            return float(label)
+            try:
+                return float(label)
+            except ValueError:
+                raise RecordsError(
+                    f"{self.data.path}, record {number}: label {label!r} is no number, and the model "
+                    "predicts one."
+                ) from None
         names = {str(name): index for name, index in (config.label2id or {}).items()}
         if str(label) in names:
             return names[str(label)]
@@ -118,7 +135,7 @@ class Task:
         width = max(len(row["input_ids"]) for row in rows)
         fill = {"input_ids": self.tokenizer.pad_token_id or 0, "labels": _IGNORED}
         batch = {}
-        for name in rows[0]:
+        for name in [name for name in rows[0] if all(name in row for row in rows)]:
             values = [row[name] for row in rows]
             if isinstance(values[0], list):
                 values = [value + [fill.get(name, 0)] * (width - len(value)) for value in values]

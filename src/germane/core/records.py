@@ -26,7 +26,7 @@ class Data(Settings):
 
     name: str = Field(description="what the records are called in tables")
     path: str = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub data set")
-    head: str = Field(default="", description="pool member whose head reads them; default: the name")
+    head: str = Field(default="", description="member of a pool, or model folder, whose head reads them; default: the name")
     text: str = Field(default="text", description="field with the text")
     pair: str = Field(default="", description="field with a second text, if there is one")
     label: str = Field(default="label", description="field with the class")
@@ -53,10 +53,13 @@ def read_rows(data: Data) -> list[Row]:
         RecordsError: No such file, unreadable, empty, or without the fields a model can use.
     """
     rows = []
-    for row in _open(data):
-        rows.append(row)
-        if data.limit is not None and len(rows) >= data.limit:
-            break
+    try:
+        for row in _open(data):
+            rows.append(row)
+            if data.limit is not None and len(rows) >= data.limit:
+                break
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RecordsError(f"{data.path}: cannot be read: {error}") from None
     if not rows:
         raise RecordsError(f"{data.path}: holds no records.")
     _check_fields(data, rows)

@@ -16,7 +16,17 @@ _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Adapters started from the base's own singular or orthogonal factors are stored relative to a
 # changed base, so adding them to the original would be wrong.
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Options of PEFT under which the update is more than scale * B @ A on the named weights.
+_MORE_THAN_A_PRODUCT = (
+    "lora_bias",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,12 @@ class Adapter:
                 f"{self.folder}: a {name} adapter; only LoRA is a sum with the base. "
                 "Merge it with PEFT (merge_and_unload) and give the full checkpoint."
             )
+        used = [option for option in _MORE_THAN_A_PRODUCT if self.config.get(option)]
+        if used:
+            raise CheckpointError(
+                f"{self.folder}: uses {used[0]}, which is more than a product added to the base. "
+                "Merge it with PEFT (merge_and_unload) and give the full checkpoint."
+            )
         if any(start.startswith(word) for word in _CHANGED_BASE):
             raise CheckpointError(
                 f"{self.folder}: started by {start}, which changes the base; convert it with "
@@ -99,6 +115,12 @@ class Adapter:
         target = self._target(name.replace(".base_layer.", "."))
         if target is not None and self.base.tensors[target].shape == info.shape:
             self._whole[target] = info
+        elif target is not None and "embed" in name:
+            raise CheckpointError(
+                f"{self.folder}: {name} has shape {list(info.shape)}, the base has "
+                f"{list(self.base.tensors[target].shape)}: the adapter was trained with another "
+                "vocabulary; resize the base's embeddings to it first."
+            )
         else:
             self._extra_heads[name] = info
 
@@ -120,9 +142,10 @@ class Adapter:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of base plus update, flat, float32."""
-        if name in self._whole:
-            return read_elements(self._whole[name], start, stop)
-        values = self.base.read(name, start, stop).float()
+        whole = self._whole.get(name)  # PEFT saves an embedding whole beside its factors
+        values = (
+            self.base.read(name, start, stop) if whole is None else read_elements(whole, start, stop)
+        ).float()
         if name in self._factors:
             values += self._update(self._factors[name], start, stop)
         return values

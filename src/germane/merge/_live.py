@@ -24,7 +24,7 @@ from germane.core.evidence import Step
 from germane.core.objective import Loss, Task
 from germane.core.records import Data, read_rows
 from germane.merge._adapter import Adapter
-from germane.merge._pool import Member, Pool, common_prefix, rename
+from germane.merge._pool import Member, Pool, common_prefix, open_pool, rename
 from germane.merge._stream import Block, Stream
 from germane.method import Method
 
@@ -63,7 +63,13 @@ class Live:
         model.requires_grad_(False).eval()
         found = model_parameters(pool, model)
         moving = {info.name for info in self.tensors}
+        seen: dict[int, str] = {}
         for name, parameter in found.items():
+            twin = seen.setdefault(id(parameter), name)
+            if twin != name:  # tied: one parameter under two of the base's names, moved once
+                self.weights[name] = self.weights[twin]
+                self.tensors = [info for info in self.tensors if info.name != name]
+                continue
             if name not in self.weights:
                 values = pool.base.tensor(name).to(device(), torch.float32)
                 self.weights[name] = values
@@ -128,22 +134,14 @@ class Live:
             for task in self.tasks
         }
 
-    def inner_products(self, stream: Stream) -> dict[str, Tensor]:
-        """Tensor name -> (models, 3): gradient times task vector, gradient times weights, |weights|^2."""
+    def fold(self, stream: Stream, measure: Callable[[Block, Tensor], Tensor]) -> dict[str, Tensor]:
+        """Tensor name -> sum over its blocks of `measure`, which also gets the block's gradient."""
 
-        def measure(block: Block) -> Tensor:
-            gradient = self.gradient_block(block)
-            weights = block.base + block.deltas
-            return torch.stack(
-                [block.deltas @ gradient, weights @ gradient, weights.square().sum(dim=1)], dim=1
-            ).double()
+        def with_gradient(block: Block) -> Tensor:
+            flat = self.gradients[block.name].view(-1)
+            return measure(block, flat[block.start : block.start + len(block.base)].cpu()).double()
 
-        return dict(stream.fold(measure, per_tensor=True))
-
-    def gradient_block(self, block: Block) -> Tensor:
-        """The gradient of the elements of a block."""
-        flat = self.gradients[block.name].view(-1)
-        return flat[block.start : block.start + len(block.base)].cpu()
+        return dict(stream.fold(with_gradient, per_tensor=True))
 
 
 class Memory:
@@ -197,12 +195,17 @@ def load_with_head(pool: Pool, data: Data) -> Any:
 
 
 def head_member(pool: Pool, data: Data) -> Member | Adapter | None:
-    """The member whose head reads `data`, or None where the models have no heads of their own."""
+    """The model whose head reads `data`, or None where the models have no heads of their own.
+
+    A member of the pool, by its label or the data's name, or any fine-tune of the base, by its folder.
+    """
+    if data.head and Path(data.head).is_dir():
+        return open_pool(str(pool.base.folder), [data.head]).members[0]
     with_heads = [member for member in pool.members if has_head(member)]
     if not with_heads:
         if data.head:
             raise RecordsError(
-                f"data {data.name!r}: no member of the pool has a head of its own, so `head` must be left out."
+                f"data {data.name!r}: no member of the pool has a head of its own; leave `head` out."
             )
         return None
     wanted = data.head or data.name
@@ -307,8 +310,8 @@ def optimise_coefficients(
     live.update(place, stream)
     for step in range(steps):
         value = _sampled_gradient(live, generator, batch_size, loss)
-        products = live.inner_products(stream)
-        gradient = torch.stack([products[name][:, 0] for name in columns], dim=1)
+        slopes = live.fold(stream, lambda block, gradient: block.deltas @ gradient)
+        gradient = torch.stack([slopes[name] for name in columns], dim=1)
         coefficients.grad = gradient if per_tensor else gradient.sum(dim=1, keepdim=True)
         optimiser.step()
         coefficients.data = constrain(coefficients.data)

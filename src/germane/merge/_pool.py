@@ -133,8 +133,12 @@ def open_pool(base_path: str, paths: Sequence[str], heads: Sequence[str] = ()) -
     base = Checkpoint(locate(base_path))
     members: list[Member | Adapter] = []
     faults = []
-    folders = [locate(path) for path in expand(paths)]
-    for folder, label in zip(folders, _labels(folders), strict=True):
+    found = expand(paths)
+    folders = [locate(path) for path in found]
+    # A hub id is called by its name, not by the hash of the folder it was put into.
+    named = [folder if Path(path).expanduser().is_dir() else Path(path.partition("@")[0])
+             for path, folder in zip(found, folders, strict=True)]  # fmt: skip
+    for folder, label in zip(folders, _labels(named), strict=True):
         try:
             if (folder / ADAPTER_CONFIG).exists():
                 members.append(Adapter(folder, label, base))
@@ -215,6 +219,7 @@ def _split_heads(base: Checkpoint, members: list[Member | Adapter], patterns: Se
     aside = {name for name in base.tensors if _matches(name, patterns)}
     faults: list[str] = []
     full = [member for member in members if isinstance(member, Member)]
+    _check_patterns(patterns, [base, *(member.checkpoint for member in full)])
     for member in full:
         for name in base.tensors:
             fault = _misfit(base, member, name)
@@ -228,7 +233,8 @@ def _split_heads(base: Checkpoint, members: list[Member | Adapter], patterns: Se
     if faults:
         shown = faults[:10]
         more = [f"... and {len(faults) - 10} more of this kind."] if len(faults) > 10 else []
-        raise CheckpointError("\n".join(shown + more))
+        hint = "What need not be merged is kept out with --heads PATTERN."
+        raise CheckpointError("\n".join([*shown, *more, hint]))
     for member in full:
         member.heads += [member.names[name] for name in sorted(aside) if name in member.names]
     for adapter in members:
@@ -239,6 +245,13 @@ def _split_heads(base: Checkpoint, members: list[Member | Adapter], patterns: Se
     return Pool(base, members, tensors, kept)
 
 
+def _check_patterns(patterns: Sequence[str], checkpoints: Sequence[Checkpoint]) -> None:
+    names = {name for checkpoint in checkpoints for name in checkpoint.tensors}
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise CheckpointError(f"--heads {pattern!r} matches no tensor of the base or the pool.")
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
@@ -247,7 +260,8 @@ def _misfit(base: Checkpoint, member: Member, name: str) -> str:
     """Why a base tensor cannot be merged with the member's, or ""."""
     info, folder = base.tensors[name], member.checkpoint.folder
     if name not in member.names:
-        return f"{folder}: tensor missing: {name}."
+        # Integers are positions and counters, which older versions saved and newer ones do not.
+        return f"{folder}: tensor missing: {name}." if info.is_float else ""
     other = member.checkpoint.tensors[member.names[name]]
     if other.shape != info.shape:
         vocabulary = base.config.get("vocab_size")
@@ -270,7 +284,7 @@ def _collect_extras(base: Checkpoint, member: Member, patterns: Sequence[str]) -
     faults = []
     used = set(member.names.values())
     for name in member.checkpoint.tensors:
-        if name in used:
+        if name in used or not member.checkpoint.tensors[name].is_float:
             continue
         if _is_head(name, member.checkpoint) or _matches(name, patterns):
             member.heads.append(name)
@@ -346,13 +360,14 @@ def find_decoys(pool: Pool) -> list[Finding]:
 
     Looks at a sample of every tensor; what looks like a copy is then compared whole.
     """
-    base = _sample(pool, pool.base)
+    base, matrices = _sample(pool, pool.base), _in_matrices(pool)
     deltas: dict[str, Tensor] = {}
     findings: list[Finding] = []
     for member in pool.members:
         sample = _sample(pool, member)
         deltas[member.label] = sample - base
-        findings.extend(_stranger(member, sample, base) or _copy(pool, member, deltas))
+        strange = _stranger(member, sample[matrices], base[matrices])
+        findings.extend(strange or _copy(pool, member, deltas))
     return findings + _far_away(deltas, {finding.about for finding in findings})
 
 
@@ -365,12 +380,19 @@ def _sample(pool: Pool, source: Any) -> Tensor:
     return torch.cat(parts)
 
 
+def _in_matrices(pool: Pool) -> Tensor:
+    """Which elements of a sample lie in tensors of two or more dimensions; all, if none do."""
+    parts = [torch.full((min(_SAMPLE, info.count),), len(info.shape) > 1) for info in pool.tensors]
+    inside = torch.cat(parts)
+    return inside if inside.any() else ~inside
+
+
 def _stranger(member: Member | Adapter, sample: Tensor, base: Tensor) -> list[Finding]:
     """A finding where the weights have nothing to do with the base's."""
     a, b = sample - sample.mean(), base - base.mean()
     cosine = float(a @ b / (a.norm() * b.norm()).clamp(min=1e-30))
-    # Fine-tunes stay above 0.9 on the models we know; independent networks are near 0, and what
-    # norms and biases share by convention keeps some of those up to a half.
+    # Of matrices only: norms near one and biases near zero are alike in all networks. Fine-tunes
+    # stay above 0.9 on the models we know; independent networks are near 0.
     if cosine > 0.5:
         return []
     if _looks_untrained(member):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from hashlib import blake2b
@@ -128,6 +129,11 @@ def _find(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     bins = torch.searchsorted(cumulative, ranks.contiguous(), right=True)
     before = cumulative.gather(1, bins) - counts.gather(1, bins)
     return bins, ranks - before
+
+
+def part(share: float, count: int) -> int:
+    """`share` of `count` elements, rounded down; 0.29 of 100 is 29, though as floats it is less."""
+    return math.floor(round(share * count, 6))
 
 
 def elect_and_average(deltas: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from pydantic import Field
 
 from germane.core.checkpoint import (
+    Checkpoint,
+    Source,
     Writer,
     copy_companions,
     require_space,
@@ -30,7 +32,7 @@ from germane.core.records import Data, read_rows
 from germane.job import Job
 from germane.merge._adapter import Adapter
 from germane.merge._live import Live, LiveMethod, head_member, load_with_head, model_parameters
-from germane.merge._pool import Member, Pool, check_weights, expand, find_decoys, open_pool
+from germane.merge._pool import Member, Pool, check_weights, find_decoys, open_pool
 from germane.merge._rule import Rule
 from germane.merge._stream import Block, Stream
 from germane.method import Method
@@ -63,10 +65,8 @@ class Merge(Job):
 
     def check(self, method: Method) -> None:
         """Everything that can be known from names, headers and records, before any work."""
-        if isinstance(method, LiveMethod):
-            if not self.data:
-                raise SettingError(f"{method.name}: needs data: --data NAME=FILE, once for each task.")
-            self._check_labels(method)
+        if isinstance(method, LiveMethod) and not self.data:
+            raise SettingError(f"{method.name}: needs data: --data NAME=FILE, once for each task.")
         for data in (*self.data, *self.evaluate):
             read_rows(data)
         pool = open_pool(self.base, self.pool, self.heads)
@@ -74,19 +74,20 @@ class Merge(Job):
             method.check_pool(len(pool.members))
         for data in (*self.data, *self.evaluate):
             head_member(pool, data)
+        if isinstance(method, LiveMethod) and method.objective == "cross-entropy":
+            self._check_labels(method, pool)
 
-    def _check_labels(self, method: LiveMethod) -> None:
-        for data in self.data if method.objective == "cross-entropy" else []:
-            row = read_rows(data)[0]
-            if data.prompt not in row and data.label not in row and self._is_classifier():
-                raise RecordsError(
-                    f"{data.path}: has no field {data.label!r}, and {method.name} lowers "
-                    "cross-entropy; name the field, or set objective=entropy."
-                )
-
-    def _is_classifier(self) -> bool:
-        member = Path(expand(self.pool)[0]) / "config.json"
-        return member.exists() and "Classification" in member.read_text(encoding="utf-8")
+    def _check_labels(self, method: LiveMethod, pool: Pool) -> None:
+        """Classifiers need a label in every record."""
+        for data in self.data:
+            if not _is_classifier(pool, data):
+                continue
+            for number, row in enumerate(read_rows(data), 1):
+                if row.get(data.label) in (None, ""):
+                    raise RecordsError(
+                        f"{data.path}, record {number}: has no field {data.label!r}, and {method.name} "
+                        "lowers cross-entropy; name the field, or set objective=entropy."
+                    )
 
     def run(self, method: Method, folder: Path, step: Step, seed: int) -> None:
         """Merge into `folder`, which exists and is empty."""
@@ -127,6 +128,13 @@ class Merge(Job):
                 "\n".join(finding.message for finding in decoys.values())
                 + "\nLeave them out with --decoys drop, or merge them all the same with --decoys report."
             )
+        for data in (*self.data, *self.evaluate):
+            member = head_member(pool, data)
+            if member in pool.members and member.label in decoys:
+                raise CheckpointError(
+                    f"{decoys[member.label].message}\n"
+                    f"It cannot be dropped: its head reads data {data.name!r}."
+                )
         pool.members = [member for member in pool.members if member.label not in decoys]
         if not pool.members:
             raise CheckpointError("the pool is empty: every member was dropped as a decoy.")
@@ -189,7 +197,7 @@ class Merge(Job):
         place.mkdir(parents=True)
         copy_companions(pool.base.folder, place)
         copy_companions(member.checkpoint.folder, place)
-        merged = type(pool.base)(folder)
+        merged = Checkpoint(folder)
         writer = Writer(member.checkpoint.tensors.values(), place)
         own = {member.names[name]: name for name in member.names}
         try:
@@ -203,18 +211,23 @@ class Merge(Job):
     def _evaluate(self, pool: Pool, folder: Path) -> list[Score]:
         """Scores of the base, the result and, where members have heads, each on its own task."""
         scores = []
-        result = type(pool.base)(folder)
+        result = Checkpoint(folder)
         for data in self.evaluate:
             announce(f"scoring {data.name}")
             task = _task(pool, data)
-            member = head_member(pool, data)
-            subjects: list[tuple[str, Any]] = [("base", pool.base), ("result", result)]
-            if member is not None:
-                subjects.append(("own", member))
-            for subject, source in subjects:
+            for subject, source in self._subjects(pool, data, result):
                 put_weights(pool, task.model, source)
                 scores.append(task.score(subject))
         return scores
+
+    def _subjects(self, pool: Pool, data: Data, result: Checkpoint) -> list[tuple[str, Source]]:
+        """Whose weights are scored: the result's, and those it is compared with."""
+        subjects: list[tuple[str, Source]] = [("result", result)]
+        if self.references:
+            subjects.append(("base", pool.base))
+            member = head_member(pool, data)
+            subjects += [("own", member)] if member is not None else []
+        return subjects
 
 
 def _begin(pool: Pool, folder: Path) -> Writer:
@@ -223,6 +236,14 @@ def _begin(pool: Pool, folder: Path) -> Writer:
     for info in pool.kept:
         writer.write(info.name, 0, pool.base.read(info.name))
     return writer
+
+
+def _is_classifier(pool: Pool, data: Data) -> bool:
+    member = head_member(pool, data)
+    if isinstance(member, Adapter):
+        return member.config.get("task_type") == "SEQ_CLS"
+    config = pool.base.config if member is None else member.checkpoint.config
+    return "SequenceClassification" in str(config.get("architectures"))
 
 
 def _config_of(member: Member | Adapter) -> Path:
@@ -239,7 +260,7 @@ def _task(pool: Pool, data: Data) -> Task:
 
 
 @torch.no_grad()
-def put_weights(pool: Pool, model: Any, source: Any) -> None:
+def put_weights(pool: Pool, model: Any, source: Source) -> None:
     """Copy the merged tensors of a source into a transformers model."""
     for name, parameter in model_parameters(pool, model).items():
         count = parameter.numel()
@@ -259,7 +280,7 @@ def _equal_shares(rule: Rule, pool: Pool) -> list[Share]:
 
 def effect(pool: Pool, folder: Path, step: Step) -> list[Finding]:
     """How far the weights moved, where, and whether the result is no model any more."""
-    result = type(pool.base)(folder)
+    result = Checkpoint(folder)
     stream = Stream(pool.base, [result], pool.tensors)
     moved: dict[str, float] = {}
     sizes: dict[str, float] = {}
@@ -292,12 +313,13 @@ def lost_scores(scores: Sequence[Score]) -> list[Finding]:
     for score in scores:
         by_task.setdefault(score.task, {})[score.subject] = score
     worse = []
-    for name, of in by_task.items():
+    compared = {name: of for name, of in by_task.items() if "base" in of}
+    for name, of in compared.items():
         base, result = of["base"], of["result"]
         better, other = (base, result) if base.higher_is_better else (result, base)
         if better.low > other.high:
             worse.append(f"{name} ({base.value:.3f} to {result.value:.3f})")
     if not worse:
         return []
-    code = "destroyed" if len(worse) == len(by_task) else "worse-than-base"
+    code = "destroyed" if len(worse) == len(compared) else "worse-than-base"
     return [_effect(code, f"clearly worse than the base on {', '.join(worse)}.")]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from germane.merge._rule import Rule, magnitude_thresholds
+from germane.merge._rule import Rule, magnitude_thresholds, part
 from germane.merge._stream import Block, Stream
 from germane.method import method
 
@@ -29,8 +27,8 @@ class Breadcrumbs(Rule):
 
     def survey(self, stream: Stream) -> dict[str, Tensor]:
         def ranks_of(count: int) -> list[int]:
-            largest = math.floor(self.outliers * count)
-            smallest = max(0, count - math.floor(self.density * count) - largest)
+            largest = part(self.outliers, count)
+            smallest = max(0, count - part(self.density, count) - largest)
             return [smallest, count - 1 - min(largest, count - 1)]
 
         return magnitude_thresholds(stream, ranks_of, per_tensor=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,14 +11,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from germane.core.checkpoint import Source
-from germane.core.errors import SettingError
+from germane.core.errors import GermaneError, SettingError
 from germane.core.evidence import Plot, Series, Share, Step
 from germane.core.progress import bar
+from germane.core.settings import validate
 from germane.merge._live import Live, LiveMethod, optimise_coefficients
 from germane.merge._pool import Pool
 from germane.merge._rule import Rule
-from germane.merge._stream import Stream
-from germane.method import build, method
+from germane.merge._stream import Block, Stream
+from germane.method import load, method
 
 _HALVINGS = 6
 _START = "start"
@@ -38,7 +40,9 @@ class FrankWolfe(LiveMethod):
     Where this follows the paper and not its code, and why:
 
     - `score`: the paper's inner product of gradient and checkpoint is the default; the code's
-      cosine with the raw weights, summed over tensors, is `cosine`.
+      cosine with the raw weights, summed over tensors, is `cosine`. An inner product grows with
+      distance, so a checkpoint trained with far too high a learning rate can win it by sheer size;
+      `direction` divides by the distance, and is the safer choice for pools of unknown origin.
     - `start`: the paper's hard variant starts from the merge of the whole pool. With many
       irrelevant members that point is ruined, and steps of 2/(t+2) x 0.1 cannot bring it back, so
       the base is the default here, and the other is `start=merge`.
@@ -65,8 +69,10 @@ class FrankWolfe(LiveMethod):
     )
     rounds: int = Field(default=10, gt=0, description="most rounds")
     samples: int = Field(default=100, gt=0, description="records of each task that are used")
-    score: Literal["inner", "cosine"] = Field(
-        default="inner", description="inner product with the gradient, or cosine (the code)"
+    score: Literal["inner", "direction", "cosine"] = Field(
+        default="inner",
+        description="inner product with the gradient (the paper), the same per distance from here, "
+        "or the cosine with the raw weights (the code)",
     )
     start: Literal["base", "merge"] = Field(
         default="base", description="start from the base, or from the local merge of the whole pool"
@@ -76,7 +82,9 @@ class FrankWolfe(LiveMethod):
     )
     step_size: float = Field(default=1.0, gt=0, le=1, description="factor of every step")
     local: str = Field(default="task-arithmetic", description="data-free method that makes a step")
-    local_settings: dict[str, Any] = Field(default={}, description="its settings; `scale` is the step's")
+    local_settings: dict[str, Any] = Field(
+        default={}, description="its settings; a `scale` not given is 1 (the paper's lambda is 0.3)"
+    )
     patience: int = Field(default=2, gt=0, description="stop after so many rounds without progress")
     inner_steps: int = Field(default=500, ge=0, description="soft: steps of Adam in each round")
     learning_rate: float = Field(default=1e-3, gt=0, description="soft: of Adam")
@@ -88,17 +96,18 @@ class FrankWolfe(LiveMethod):
     @model_validator(mode="after")
     def _check_local(self) -> FrankWolfe:
         try:
-            rule = self._rule(1.0)
-        except SettingError as error:
+            self._rule().check_pool(1)
+        except GermaneError as error:
             raise ValueError(str(error)) from None
-        if not isinstance(rule, Rule) or "scale" not in type(rule).model_fields:
-            raise ValueError("local: must be a data-free method with a `scale`")
         return self
 
-    def _rule(self, scale: float) -> Rule:
-        rule = build(f"merge/{self.local}", {**self.local_settings, "scale": scale}, "local_settings")
-        assert isinstance(rule, Rule)
-        return rule
+    def _rule(self) -> Rule:
+        """The data-free method that makes a step; its scale is the paper's lambda."""
+        kind = load(f"merge/{self.local}")
+        if not issubclass(kind, Rule):
+            raise SettingError(f"local: {self.local} is not data-free.")
+        whole = {"scale": 1.0} if "scale" in kind.model_fields else {}
+        return validate(kind, {**whole, **self.local_settings}, "local_settings")
 
     def move(self, live: Live, pool: Pool, step: Step, seed: int) -> None:
         search = _Search(self, live, pool, seed)
@@ -150,7 +159,8 @@ class _Search:
         self.still = 0
 
     def _merge_all(self) -> None:
-        rule = self.method._rule(float(self.method.local_settings.get("scale", 0.3)))
+        """Put the live model at the local merge of the whole pool."""
+        rule = self.method._rule()
         stream = Stream(self.pool.base, self.pool.members, self.live.tensors)
         survey = rule.survey(stream)
         self.live.update(lambda block: rule.combine(block, survey, self.seed), stream)
@@ -168,7 +178,8 @@ class _Search:
         columns = moving.nonzero().squeeze(1)
         taken[:, columns] = 0.0
         taken[chosen[columns], columns] = 1.0
-        self.given = (1 - step) * self.given + step * taken
+        reach = step * getattr(self.method._rule(), "scale", 1.0)
+        self.given = (1 - reach) * self.given + reach * taken
         return step > 0 and self._progress(before, after)
 
     def _promising(self, scores: Tensor, chosen: Tensor) -> Tensor:
@@ -185,16 +196,22 @@ class _Search:
 
     def scores(self) -> Tensor:
         """(candidates, tensors) oracle scores at the current gradient; lower is better."""
-        products = self.live.inner_products(Stream(self.live, self.candidates, self.live.tensors))
-        columns = []
-        for name in self.counts:
-            difference, inner, squares = products[name].unbind(dim=1)
-            if self.method.score == "inner":
-                columns.append(difference)
-            else:
-                norms = squares.sqrt() * self.live.gradients[name].norm().double().cpu()
-                columns.append(torch.where(norms > 0, inner / norms.clamp(min=1e-30), 0.0))
-        return torch.stack(columns, dim=1)
+        stream = Stream(self.live, self.candidates, self.live.tensors)
+        if self.method.score == "cosine":
+            return self._scores(stream, _weights_and_gradient, per_tensor=True)
+        if self.method.score == "direction":
+            return self._scores(stream, _step_and_gradient, per_tensor=self.method.granularity == "layer")
+        slopes = self.live.fold(stream, lambda block, gradient: block.deltas @ gradient)
+        return torch.stack([slopes[name] for name in self.counts], dim=1)
+
+    def _scores(
+        self, stream: Stream, measure: Callable[[Block, Tensor], Tensor], per_tensor: bool
+    ) -> Tensor:
+        """Inner products over the product of norms, taken in each tensor or over the whole model."""
+        sums = self.live.fold(stream, measure)
+        inner, squares, gradient = torch.stack([sums[name] for name in self.counts], dim=2).unbind(dim=1)
+        norms = squares * gradient if per_tensor else (squares.sum(1) * gradient.sum(1))[:, None]
+        return torch.where(norms > 0, inner / norms.clamp(min=1e-60).sqrt(), 0.0)
 
     def choose(self, scores: Tensor) -> Tensor:
         """(tensors,) index of the candidate chosen for each tensor."""
@@ -218,9 +235,14 @@ class _Search:
         return _Composite(self.candidates, dict(zip(self.counts, chosen.tolist(), strict=True)))
 
     def _go(self, stream: Stream, step: float) -> None:
-        rule = self.method._rule(step)
+        """Go `step` of the way to what the local method makes of the current model and the choice."""
+        rule = self.method._rule()
         survey = rule.survey(stream)
-        self.live.update(lambda block: rule.combine(block, survey, self.seed), stream)
+
+        def part_way(block: Block) -> Tensor:
+            return block.base + step * (rule.combine(block, survey, self.seed) - block.base)
+
+        self.live.update(part_way, stream)
 
     def _line_search(self, stream: Stream, before: float) -> tuple[float, float]:
         """Halve the step until the loss stops falling; 0 where no step lowers it."""
@@ -379,6 +401,21 @@ def project_on_simplex(values: Tensor) -> Tensor:
     excess = (ordered.cumsum(dim=0) - 1) / ranks
     last = (ordered > excess).sum(dim=0, keepdim=True) - 1
     return (values - excess.gather(0, last)).clamp(min=0)
+
+
+def _weights_and_gradient(block: Block, gradient: Tensor) -> Tensor:
+    """(models, 3) inner product of weights and gradient, and the squared norms of both."""
+    return _products(block.base + block.deltas, gradient)
+
+
+def _step_and_gradient(block: Block, gradient: Tensor) -> Tensor:
+    """(models, 3) inner product of the way to a candidate and the gradient, and squared norms."""
+    return _products(block.deltas, gradient)
+
+
+def _products(values: Tensor, gradient: Tensor) -> Tensor:
+    squares = values.square().sum(dim=1)
+    return torch.stack([values @ gradient, squares, (gradient @ gradient).expand_as(squares)], dim=1)
 
 
 def _mean(losses: dict[str, float]) -> float:

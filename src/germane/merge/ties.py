@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from germane.merge._rule import Rule, elect_and_average, magnitude_thresholds, trim
+from germane.merge._rule import Rule, elect_and_average, magnitude_thresholds, part, trim
 from germane.merge._stream import Block, Stream
 from germane.method import method
 
@@ -35,7 +34,7 @@ class Ties(Rule):
 
     def survey(self, stream: Stream) -> dict[str, Tensor]:
         def ranks_of(count: int) -> list[int]:
-            return [count - math.floor(self.density * count)]
+            return [count - part(self.density, count)]
 
         if self.density == 1:
             return {}
