@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from germane.recipe import Result, run_task
 
+torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -36,6 +37,7 @@ def _commands() -> dict[str, click.Command]:
     return {
         "run": run_recipe,
         "compare": CompareCommand("compare", help="Many methods, one job, one table."),
+        "ask": ask,
         "methods": list_methods,
         "explain": explain,
         "papers": list_papers,
@@ -335,6 +337,26 @@ def run_recipe(recipe: str, changes: tuple[str, ...], **values: Any) -> None:
     from germane.recipe import read_recipe
 
     _run({}, values, read_recipe(recipe, _pairs(changes)))
+
+
+@click.command("ask", params=[_JSON])
+@click.argument("router")
+@click.argument("query")
+@click.option("--graph", default="", help="a graph to use instead of the one the router was trained in")
+@click.option("--max-steps", type=int, help="longest walk through the graph")
+@click.option("--generate/--no-generate", default=True, help="let the model answer, or only find it")
+def ask(router: str, query: str, as_json: bool, **options: Any) -> None:
+    """Send a query through a trained router to the model that should answer it."""
+    from germane.route import ask
+
+    answer = ask(router, query, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(answer), indent=1, ensure_ascii=False))
+        return
+    for decision in answer.path:
+        why = f" ({decision.fallback})" if decision.fallback else ""
+        click.echo(f"{decision.master} -> {decision.worker}, score {decision.score:.3f}{why}", err=True)
+    click.echo(answer.rewritten if answer.text is None else answer.text)
 
 
 @click.command("methods", params=[_JSON])

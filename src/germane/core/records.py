@@ -26,7 +26,9 @@ class Data(Settings):
 
     name: str = Field(description="what the records are called in tables")
     path: str = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub data set")
-    head: str = Field(default="", description="member of a pool, or model folder, whose head reads them; default: the name")
+    head: str = Field(
+        default="", description="pool member, or model folder, whose head reads them; default: the name"
+    )
     text: str = Field(default="text", description="field with the text")
     pair: str = Field(default="", description="field with a second text, if there is one")
     label: str = Field(default="label", description="field with the class")

@@ -88,7 +88,7 @@ class FunctionalToken(RouteMethod):
     alpha: float = Field(default=32.0, gt=0, description="of LoRA: its output is scaled by alpha / rank")
     epochs: int = Field(default=3, ge=0, description="passes over the queries with LoRA")
     batch_size: int = Field(default=8, gt=0, description="queries in a step of LoRA")
-    learning_rate: float = Field(default=5e-4, gt=0, description="of AdamW on LoRA's weights")
+    learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW on LoRA's weights")
     row_learning_rate: float = Field(default=5e-3, gt=0, description="of AdamW on the new rows")
     frozen_steps: int = Field(default=300, ge=0, description="steps over all queries when frozen")
     token_weight: float = Field(default=1.0, ge=1, description="weight of functional tokens in the loss")
