@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from germane.claims import write_section
-from germane.compare import compare
+from germane.comparison import compare
 from germane.core.evidence import Row
 from germane.core.statistics import student_t
 from germane.demo import IRRELEVANT, RELEVANT, SETTINGS, MadePool, make_pool

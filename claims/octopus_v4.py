@@ -32,7 +32,7 @@ from germane.claims import write_section
 from germane.core.records import Row, write_jsonl
 from germane.core.statistics import bootstrap_mean, wilson
 from germane.recipe import run_task
-from germane.route import load_router
+from germane.tasks.route import load_router
 
 OUT = Path("runs/claims/octopus_v4")
 SEEDS = (0, 1, 2)

@@ -203,7 +203,7 @@ def test_papers_as_json(germane):
 @pytest.fixture(scope="module")
 def comparison(llama, tmp_path_factory):
     """Two methods and two seeds; one method's rows fail, though nothing is wrong beforehand."""
-    from germane.compare import compare
+    from germane.comparison import compare
 
     folder = tmp_path_factory.mktemp("compare")
     spoilt = folder / "pool"
@@ -232,7 +232,7 @@ def test_a_comparison_of_two_methods_and_two_seeds(comparison):
 
 
 def test_resume_runs_only_what_is_missing(comparison, monkeypatch):
-    from germane import compare as module
+    from germane import comparison as module
 
     result, options, _ = comparison
     missing = result.folder / "rows" / "dare-seed1"
@@ -248,7 +248,7 @@ def test_resume_runs_only_what_is_missing(comparison, monkeypatch):
 
 
 def test_a_row_that_fails_is_a_row(comparison, llama, tmp_path):
-    from germane.compare import compare
+    from germane.comparison import compare
 
     _, _, spoilt = comparison
     arguments = {"base": str(llama.base), "pool": [str(spoilt)], "evaluate": [llama.data]}
@@ -278,7 +278,7 @@ def test_a_comparison_is_checked_before_any_row(germane, llama, tmp_path):
 
 @pytest.mark.slow
 def test_rows_on_ray(llama, tmp_path, monkeypatch):
-    from germane.compare import compare
+    from germane.comparison import compare
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     arguments = {"base": str(llama.base), "pool": [str(llama.pool)], "evaluate": [llama.data]}

@@ -20,7 +20,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     examples = EXAMPLE.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    assert [file for file, _ in examples] == ["src/germane/merge/nearest.py", "tests/merge/test_nearest.py"]
+    assert [file for file, _ in examples] == [
+        "src/germane/tasks/merge/nearest.py",
+        "tests/merge/test_nearest.py",
+    ]
     for file, text in examples:
         (copy / file).write_text(text, encoding="utf-8")
     return copy

@@ -216,7 +216,7 @@ def stopped(llama, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("germane.merge.task_arithmetic.TaskArithmetic.combine", dies)
+        patch.setattr("germane.tasks.merge.task_arithmetic.TaskArithmetic.combine", dies)
         with pytest.raises(KeyboardInterrupt):
             run(Recipe(**content(llama)), tmp_path / "out")
     assert ran == ["merge/average", "merge/task-arithmetic"]

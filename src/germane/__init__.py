@@ -5,18 +5,21 @@ The verbs are functions here, imported when first used; `import germane` loads n
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from germane.compare import compare
+    from germane.comparison import compare
     from germane.recipe import Result, read_recipe, run
+    from germane.tasks.route import ask
 
-__all__ = ["compare", "merge", "read_recipe", "route", "run"]
+__all__ = ["ask", "compare", "merge", "read_recipe", "route", "run"]
 
 _LAZY = {
-    "compare": "germane.compare",
+    "ask": "germane.tasks.route",
+    "compare": "germane.comparison",
     "read_recipe": "germane.recipe",
     "run": "germane.recipe",
 }
@@ -25,8 +28,6 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'germane' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
@@ -68,3 +69,39 @@ def merge(
         "evaluate": list(evaluate), "heads": list(heads), "save_tasks": save_tasks, "decoys": decoys,
     }  # fmt: skip
     return run_task("merge", method, arguments, settings, out, seed=seed, overwrite=overwrite)
+
+
+def route(
+    graph: str,
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    data: Sequence[Any] = (),
+    evaluate: Sequence[Any] = (),
+    master: str = "",
+    max_steps: int = 8,
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Train a router for a pool; see `germane explain route`. `germane.ask` sends queries through it.
+
+    Args:
+        graph: The pool: a YAML or JSON file with workers, masters and their edges.
+        method: Name of the method, such as "functional-token".
+        out: Folder of the router.
+        data: Labelled queries: "name=path", mappings, or `Data`.
+        evaluate: Labelled queries to score on.
+        master: The master to train; default: the graph's entry.
+        max_steps: Longest walk of a query through the graph.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        **settings: The method's settings.
+    """
+    from germane.recipe import run_task
+
+    arguments = {
+        "graph": str(graph), "data": list(data), "evaluate": list(evaluate),
+        "master": master, "max_steps": max_steps,
+    }  # fmt: skip
+    return run_task("route", method, arguments, settings, out, seed=seed, overwrite=overwrite)

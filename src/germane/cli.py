@@ -171,7 +171,7 @@ class CompareCommand(click.Command):
         return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, context: click.Context) -> Any:
-        from germane.compare import compare, print_table
+        from germane.comparison import compare, print_table
 
         values = context.params
         out = values["out"] or "comparison"
@@ -347,9 +347,9 @@ def run_recipe(recipe: str, changes: tuple[str, ...], **values: Any) -> None:
 @click.option("--generate/--no-generate", default=True, help="let the model answer, or only find it")
 def ask(router: str, query: str, as_json: bool, **options: Any) -> None:
     """Send a query through a trained router to the model that should answer it."""
-    from germane.route import ask
+    from germane.tasks.route import ask as ask_router
 
-    answer = ask(router, query, **options)
+    answer = ask_router(router, query, **options)
     if as_json:
         click.echo(json.dumps(asdict(answer), indent=1, ensure_ascii=False))
         return

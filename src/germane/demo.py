@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from germane import embedded
-from germane.compare import compare, print_table
+from germane.comparison import compare, print_table
 from germane.core.errors import GermaneError
 from germane.core.evidence import Evidence, Row, Table
 from germane.core.progress import announce, track

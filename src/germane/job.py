@@ -48,7 +48,7 @@ def job_class(task: str) -> type[Job]:
         UnknownName: With the nearest spellings.
     """
     names(task)
-    module = importlib.import_module(f"germane.{task}._task")
+    module = importlib.import_module(f"germane.tasks.{task}._task")
     kinds = [
         value
         for value in vars(module).values()

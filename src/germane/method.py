@@ -25,7 +25,7 @@ from germane.core.settings import Settings, validate
 Need = Literal["data", "labels", "chat model", "training"]
 MethodType = TypeVar("MethodType", bound="type[Method]")
 
-_PACKAGE = Path(__file__).parent
+_TASKS = Path(__file__).parent / "tasks"
 _ENTRY_POINTS = "germane.methods"
 
 
@@ -118,11 +118,11 @@ def build(name: str, settings: Mapping[str, Any], where: str | None = None) -> M
 def _modules() -> dict[str, str]:
     """Method name -> module, from the folders of this package and from entry points."""
     found = {}
-    for file in _PACKAGE.glob("*/*.py"):
-        if file.parent.name in ("core", "embedded") or file.name.startswith("_"):
+    for file in _TASKS.glob("*/*.py"):
+        if file.name.startswith("_"):
             continue
         name = f"{file.parent.name}/{file.stem.replace('_', '-')}"
-        found[name] = f"germane.{file.parent.name}.{file.stem}"
+        found[name] = f"germane.tasks.{file.parent.name}.{file.stem}"
     for point in entry_points(group=_ENTRY_POINTS):
         if re.fullmatch(r"[a-z]+/[a-z0-9-]+", point.name):
             found[point.name] = point.value

@@ -364,8 +364,21 @@ def _resolve_names(value: Any, workshop: Path) -> Any:
 
 def _key(steps: list[Step]) -> str:
     """Changes when anything that was asked of the last step, or of those before it, changes."""
-    asked = [[step.task, step.method, step.settings, step.job, step.seed] for step in steps]
+    asked = [
+        [step.task, step.method, step.settings, step.job, step.seed, _stamps(step.job)] for step in steps
+    ]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _stamps(job: dict[str, Any]) -> list[list[Any]]:
+    """Size and time of change of every file the arguments name, so that a replaced one is noticed."""
+    stamps: list[list[Any]] = []
+    for text in _texts(job):
+        place = Path(text)
+        if place.is_dir() or place.is_file():
+            files = sorted(place.rglob("*")) if place.is_dir() else [place]
+            stamps += [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    return stamps
 
 
 def _finish(evidence: Evidence, recipe: Recipe, workshop: Path, planned: list[Planned]) -> Path:

@@ -1,4 +1,4 @@
-"""What `germane/merge/_task.py` promises, held against every registered merge method."""
+"""What `germane/tasks/merge/_task.py` promises, held against every registered merge method."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from zoo import merge, weights
 
 from germane import method as registry
 from germane.core.errors import CheckpointError, SettingError
-from germane.merge._live import LiveMethod
-from germane.merge._rule import Rule
+from germane.tasks.merge._live import LiveMethod
+from germane.tasks.merge._rule import Rule
 
 NAMES = registry.names("merge")
 # Enough to show the effect on a tiny model.

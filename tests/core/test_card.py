@@ -15,7 +15,9 @@ def evidence() -> Evidence:
         for subject, task, value in (("result", "news", 0.8), ("base", "news", 0.5), ("result", "mail", 0.75))
     ]  # fmt: skip
     shares = [Share(member="a|b", share=1.0, taken=True, reason="chosen in round 1")]
-    made.steps.append(Step(task="merge", method="merge/ties", paper="2306.01708", scores=scores, shares=shares))
+    made.steps.append(
+        Step(task="merge", method="merge/ties", paper="2306.01708", scores=scores, shares=shares)
+    )
     return made
 
 

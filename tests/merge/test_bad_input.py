@@ -563,7 +563,7 @@ def test_a_disk_that_is_really_full(small_disk, llama, monkeypatch):
     out = small_disk / "out"
     call = lambda: merge("average", llama.base, llama.members, out)  # noqa: E731
     refused(NoSpace, "make room", out=out, call=call)
-    monkeypatch.setattr("germane.merge._task.require_space", lambda *_: None)
+    monkeypatch.setattr("germane.tasks.merge._task.require_space", lambda *_: None)
     (small_disk / "ballast").write_bytes(b"\0" * (505 << 10))
     refused(NoSpace, "disk", out=out, call=call)
     (small_disk / "ballast").unlink()

@@ -13,10 +13,10 @@ from zoo import merge, weights
 
 from germane.core.evidence import Step
 from germane.core.records import Data
-from germane.merge._live import Live, Memory, optimise_coefficients
-from germane.merge._pool import open_pool
-from germane.merge._stream import Stream
-from germane.merge.frank_wolfe import FrankWolfe, _Search
+from germane.tasks.merge._live import Live, Memory, optimise_coefficients
+from germane.tasks.merge._pool import open_pool
+from germane.tasks.merge._stream import Stream
+from germane.tasks.merge.frank_wolfe import FrankWolfe, _Search
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from test_rules import apply, info, one, stream_of
 from torch.nn import functional
 
 from germane.core.objective import entropy
-from germane.merge._live import Live, Memory
-from germane.merge._pool import Pool
-from germane.merge._rule import magnitude_thresholds
-from germane.merge.frank_wolfe import FrankWolfe, _Search, project_on_simplex
+from germane.tasks.merge._live import Live, Memory
+from germane.tasks.merge._pool import Pool
+from germane.tasks.merge._rule import magnitude_thresholds
+from germane.tasks.merge.frank_wolfe import FrankWolfe, _Search, project_on_simplex
 
 FIXTURES = json.loads((Path(__file__).parent.parent / "fixtures" / "fw_merging.json").read_text())
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from zoo import merge, weights
 
 from germane.core.errors import CheckpointError
-from germane.merge._pool import expand, open_pool
+from germane.tasks.merge._pool import expand, open_pool
 
 
 def read_all(pool, member) -> dict[str, torch.Tensor]:
@@ -291,18 +291,14 @@ def test_a_pattern_that_matches_nothing_is_refused(llama, tmp_path):
 
 
 def test_a_masked_language_model_as_base_of_classifiers(bert, tmp_path):
-    """As bert-base-uncased is saved: its own head and the members' poolers are kept out by patterns."""
+    """As bert-base-uncased is saved: its own head, and the members' heads and poolers, are kept out."""
     encoder = transformers.BertModel.from_pretrained(
         bert.base, dtype=torch.float32, add_pooling_layer=False
     )
     model = transformers.BertForMaskedLM(zoo.bert_config())
     model.bert.load_state_dict(encoder.state_dict())
     base = zoo.save(model, tmp_path / "mlm")
-    with pytest.raises(CheckpointError, match="--heads PATTERN"):
-        merge("average", base, bert.members, tmp_path / "out")
-    result = merge(
-        "average", base, bert.members, tmp_path / "out", heads=["cls.*", "bert.pooler.*"], save_tasks=True
-    )
+    result = merge("average", base, bert.members, tmp_path / "out", save_tasks=True)
     transformers.BertForMaskedLM.from_pretrained(result.folder)
     assert logits(result.folder / "tasks" / "three").shape == (2, 3)
 

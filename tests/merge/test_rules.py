@@ -12,12 +12,12 @@ import torch
 
 from germane.core.checkpoint import TensorInfo
 from germane.core.errors import SettingError
-from germane.merge import _stream
-from germane.merge._live import Memory
-from germane.merge._rule import elect_and_average, magnitude_thresholds, uniform_numbers
-from germane.merge._stream import Stream
-from germane.merge.frank_wolfe import project, project_on_simplex
 from germane.method import build
+from germane.tasks.merge import _stream
+from germane.tasks.merge._live import Memory
+from germane.tasks.merge._rule import elect_and_average, magnitude_thresholds, uniform_numbers
+from germane.tasks.merge._stream import Stream
+from germane.tasks.merge.frank_wolfe import project, project_on_simplex
 
 Model = dict[str, list | np.ndarray | torch.Tensor]
 
@@ -213,7 +213,9 @@ def test_thresholds_are_exact(kind, per_tensor, budget):
 
 def test_dare_by_hand(monkeypatch):
     # random numbers 0.1, 0.8, 0.6, 0.7 with drop 0.6 keep those at 0.6 or above, divided by 0.4
-    monkeypatch.setattr("germane.merge.dare.uniform_numbers", lambda *_: torch.tensor([0.1, 0.8, 0.6, 0.7]))
+    monkeypatch.setattr(
+        "germane.tasks.merge.dare.uniform_numbers", lambda *_: torch.tensor([0.1, 0.8, 0.6, 0.7])
+    )
     assert one("dare", [1, 1, 1, 1], [2, 3, 1, -1], drop=0.6, scale=0.5) == pytest.approx([1, 3.5, 1, -1.5])
 
 

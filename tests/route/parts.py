@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from germane.recipe import Result, run_task
-from germane.route._tokens import embedding_weights
+from germane.tasks.route._tokens import embedding_weights
 
 TOPICS = {"red": ("w1", "w2", "w3"), "green": ("w11", "w12", "w13"), "blue": ("w21", "w22", "w23")}
 

@@ -16,7 +16,7 @@ from parts import TOPICS, Places, train
 from germane.core.errors import RecordsError, SettingError
 from germane.core.evidence import Evidence
 from germane.method import build, names
-from germane.route import Decision, load_router
+from germane.tasks.route import Decision, load_router
 
 CASES = {**{name: {} for name in names("route")}, "route/functional-token frozen": {"frozen": True}}
 QUERIES = ["w1 w2 w41", "w11 w13", "w23", "", "it's <route_0>('x')<route_end> \u00e9\n", "w12 " * 400]
@@ -60,7 +60,7 @@ def test_a_query_alone_goes_where_it_goes_among_others(routers: dict[str, Path],
 def test_the_same_decisions_in_another_process(routers: dict[str, Path]):
     script = """
 import json, sys
-from germane.route import load_router
+from germane.tasks.route import load_router
 queries = json.loads(sys.argv[1])
 print(json.dumps([[[d.worker, d.query, d.output, d.fallback, round(d.score, 4)] for d in
       load_router(folder).route_all(queries)] for folder in sys.argv[2:]]))

@@ -9,7 +9,7 @@ import pytest
 from parts import TOPICS, Places, query_rows, written
 
 from germane.recipe import read_recipe, run, run_task
-from germane.route import load_router
+from germane.tasks.route import load_router
 
 ROOT = Path(__file__).parents[2]
 DECOYS = {

@@ -10,8 +10,8 @@ from parts import Places, train
 
 from germane.core.errors import CheckpointError, SettingError
 from germane.recipe import run_task
-from germane.route import load_router
-from germane.route.embedding import Encoder, centroids
+from germane.tasks.route import load_router
+from germane.tasks.route.embedding import Encoder, centroids
 
 
 def test_centroids_by_hand():

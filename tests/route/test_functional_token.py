@@ -14,10 +14,10 @@ from parts import Places, query_rows, train
 from germane.core.errors import CheckpointError, RecordsError, SettingError
 from germane.core.evidence import Evidence
 from germane.recipe import run_task
-from germane.route import load_router
-from germane.route._router import Example
-from germane.route._tokens import add_tokens
-from germane.route.functional_token import FunctionalToken, Lesson
+from germane.tasks.route import load_router
+from germane.tasks.route._router import Example
+from germane.tasks.route._tokens import add_tokens
+from germane.tasks.route.functional_token import FunctionalToken, Lesson
 
 
 def accuracy(folder: Path) -> float:

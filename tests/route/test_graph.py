@@ -10,7 +10,7 @@ import yaml
 from parts import written
 
 from germane.core.errors import SettingError
-from germane.route._graph import parse_graph, read_graph
+from germane.tasks.route._graph import parse_graph, read_graph
 
 LAW = {"description": "courts"}
 MATHS = {"description": "sums", "model": "m"}

@@ -1,8 +1,8 @@
 import pytest
 
-from germane.route._graph import parse_graph
-from germane.route._router import Card
-from germane.route.keyword import KeywordRouter, overlap, words
+from germane.tasks.route._graph import parse_graph
+from germane.tasks.route._router import Card
+from germane.tasks.route.keyword import KeywordRouter, overlap, words
 
 
 def test_overlap_by_hand():

@@ -12,9 +12,9 @@ from servers import ChatServer
 
 from germane.core.errors import CheckpointError, SettingError
 from germane.recipe import run_task
-from germane.route import ask, load_router
-from germane.route._graph import Graph, parse_graph
-from germane.route._router import Card, Guess, Network, Router, open_network
+from germane.tasks.route import ask, load_router
+from germane.tasks.route._graph import Graph, parse_graph
+from germane.tasks.route._router import Card, Guess, Network, Router, open_network
 
 TWO = {
     "workers": {"law": {"description": "courts"}, "maths": {"description": "sums"}},

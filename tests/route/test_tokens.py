@@ -12,9 +12,9 @@ from parts import byte_tokenizer
 from torch.nn import functional
 
 from germane.core.errors import CheckpointError
-from germane.route import _tokens
-from germane.route._tokens import Call, disarm, parse_call, write_call
-from germane.route.functional_token import pad_right
+from germane.tasks.route import _tokens
+from germane.tasks.route._tokens import Call, disarm, parse_call, write_call
+from germane.tasks.route.functional_token import pad_right
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from germane.core.checkpoint import (
+    INDEX,
     Checkpoint,
     Source,
     Writer,
@@ -30,12 +31,12 @@ from germane.core.objective import Task
 from germane.core.progress import announce, bar
 from germane.core.records import Data, read_rows
 from germane.job import Job
-from germane.merge._adapter import Adapter
-from germane.merge._live import Live, LiveMethod, head_member, load_with_head, model_parameters
-from germane.merge._pool import Member, Pool, check_weights, find_decoys, open_pool
-from germane.merge._rule import Rule
-from germane.merge._stream import Block, Stream
 from germane.method import Method
+from germane.tasks.merge._adapter import Adapter
+from germane.tasks.merge._live import Live, LiveMethod, head_member, load_with_head, model_parameters
+from germane.tasks.merge._pool import Member, Pool, check_weights, find_decoys, open_pool
+from germane.tasks.merge._rule import Rule
+from germane.tasks.merge._stream import Block, Stream
 
 HEADS = "heads"
 TASKS = "tasks"
@@ -196,6 +197,7 @@ class Merge(Job):
         place = folder / TASKS / member.label
         place.mkdir(parents=True)
         copy_companions(pool.base.folder, place)
+        (place / INDEX).unlink(missing_ok=True)
         copy_companions(member.checkpoint.folder, place)
         merged = Checkpoint(folder)
         writer = Writer(member.checkpoint.tensors.values(), place)

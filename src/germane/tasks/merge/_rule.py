@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from germane.core.errors import SettingError
-from germane.merge._stream import Block, Stream
 from germane.method import Method
+from germane.tasks.merge._stream import Block, Stream
 
 _GROUP = 4  # members whose bits are counted at a time
 

@@ -23,10 +23,10 @@ from germane.core.errors import CheckpointError, RecordsError
 from germane.core.evidence import Step
 from germane.core.objective import Loss, Task
 from germane.core.records import Data, read_rows
-from germane.merge._adapter import Adapter
-from germane.merge._pool import Member, Pool, common_prefix, open_pool, rename
-from germane.merge._stream import Block, Stream
 from germane.method import Method
+from germane.tasks.merge._adapter import Adapter
+from germane.tasks.merge._pool import Member, Pool, common_prefix, open_pool, rename
+from germane.tasks.merge._stream import Block, Stream
 
 _BATCH = 16
 

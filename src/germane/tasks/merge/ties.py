@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from germane.merge._rule import Rule, elect_and_average, magnitude_thresholds, part, trim
-from germane.merge._stream import Block, Stream
 from germane.method import method
+from germane.tasks.merge._rule import Rule, elect_and_average, magnitude_thresholds, part, trim
+from germane.tasks.merge._stream import Block, Stream
 
 
 @method("merge/ties", paper="2306.01708", code="prateeky2806/ties-merging")

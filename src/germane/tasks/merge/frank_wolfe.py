@@ -15,11 +15,11 @@ from germane.core.errors import GermaneError, SettingError
 from germane.core.evidence import Plot, Series, Share, Step
 from germane.core.progress import bar
 from germane.core.settings import validate
-from germane.merge._live import Live, LiveMethod, optimise_coefficients
-from germane.merge._pool import Pool
-from germane.merge._rule import Rule
-from germane.merge._stream import Block, Stream
-from germane.method import load, method
+from germane.method import build, load, method
+from germane.tasks.merge._live import Live, LiveMethod, optimise_coefficients
+from germane.tasks.merge._pool import Pool
+from germane.tasks.merge._rule import Rule
+from germane.tasks.merge._stream import Block, Stream
 
 _HALVINGS = 6
 _START = "start"
@@ -159,8 +159,9 @@ class _Search:
         self.still = 0
 
     def _merge_all(self) -> None:
-        """Put the live model at the local merge of the whole pool."""
-        rule = self.method._rule()
+        """Put the live model at the local merge of the whole pool, at that method's own scale."""
+        rule = build(f"merge/{self.method.local}", self.method.local_settings, "local_settings")
+        assert isinstance(rule, Rule)
         stream = Stream(self.pool.base, self.pool.members, self.live.tensors)
         survey = rule.survey(stream)
         self.live.update(lambda block: rule.combine(block, survey, self.seed), stream)

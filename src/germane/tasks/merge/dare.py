@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from germane.merge._rule import Rule, elect_and_average, uniform_numbers
-from germane.merge._stream import Block
 from germane.method import method
+from germane.tasks.merge._rule import Rule, elect_and_average, uniform_numbers
+from germane.tasks.merge._stream import Block
 
 
 @method("merge/dare", paper="2311.03099", code="yule-BUAA/MergeLM")

@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from germane.core.errors import SettingError
-from germane.merge._rule import Rule, check_weights, task_weights
-from germane.merge._stream import Block
 from germane.method import method
+from germane.tasks.merge._rule import Rule, check_weights, task_weights
+from germane.tasks.merge._stream import Block
 
 
 @method("merge/average", paper="2203.05482", code="mlfoundations/model-soups")

@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from germane.merge._rule import Rule, magnitude_thresholds, part
-from germane.merge._stream import Block, Stream
 from germane.method import method
+from germane.tasks.merge._rule import Rule, magnitude_thresholds, part
+from germane.tasks.merge._stream import Block, Stream
 
 
 @method("merge/breadcrumbs", paper="2312.06795", code="rezazzr/breadcrumbs")

@@ -30,10 +30,10 @@ from germane.core.checkpoint import (
 )
 from germane.core.errors import CheckpointError
 from germane.core.evidence import Finding
-from germane.merge._adapter import Adapter
-from germane.merge._vocabulary import check_vocabulary
+from germane.tasks.merge._adapter import Adapter
+from germane.tasks.merge._vocabulary import check_vocabulary
 
-_SAMPLE = 4096  # elements of each tensor that the decoy check looks at
+_SAMPLE = 1 << 16  # elements of each model that the decoy check looks at, a part of every tensor
 _RUN = 1 << 21  # elements read at a time when a whole file is checked
 _HEADLESS = ("CausalLM", "LMHead", "ConditionalGeneration", "MaskedLM", "PreTraining")
 
@@ -223,13 +223,13 @@ def _split_heads(base: Checkpoint, members: list[Member | Adapter], patterns: Se
     for member in full:
         for name in base.tensors:
             fault = _misfit(base, member, name)
-            if fault and _is_head(name, base):
+            if fault and _is_head(name, base, member.checkpoint):
                 aside.add(name)
             elif fault and name not in aside:
                 faults.append(fault)
         faults.extend(_collect_extras(base, member, patterns))
     if _labels_differ(base, full):
-        aside |= {name for name in base.tensors if _is_head(name, base)}
+        aside |= {name for name in base.tensors if _is_head(name, base, base)}
     if faults:
         shown = faults[:10]
         more = [f"... and {len(faults) - 10} more of this kind."] if len(faults) > 10 else []
@@ -286,7 +286,8 @@ def _collect_extras(base: Checkpoint, member: Member, patterns: Sequence[str]) -
     for name in member.checkpoint.tensors:
         if name in used or not member.checkpoint.tensors[name].is_float:
             continue
-        if _is_head(name, member.checkpoint) or _matches(name, patterns):
+        another_class = _class(member.checkpoint) != _class(base)
+        if another_class or _is_head(name, member.checkpoint, base) or _matches(name, patterns):
             member.heads.append(name)
         elif not _is_tied_copy(name, member):
             faults.append(f"{member.checkpoint.folder}: tensor the base does not have: {name}.")
@@ -302,14 +303,20 @@ def _is_tied_copy(name: str, member: Member) -> bool:
     )
 
 
-def _is_head(name: str, checkpoint: Checkpoint) -> bool:
+def _class(checkpoint: Checkpoint) -> str:
+    """The class of transformers that the checkpoint's config names."""
+    return str((checkpoint.config.get("architectures") or [""])[0])
+
+
+def _is_head(name: str, checkpoint: Checkpoint, other: Checkpoint) -> bool:
     """Whether a tensor lies outside the backbone of a model with a task head.
 
-    The backbone is the first name component that most tensors share ("bert.", "model.", "vit.");
-    models whose head is a language model's have no head in this sense.
+    The backbone is the first name component that most tensors share ("bert.", "model.", "vit.").
+    Between two models of one class, a language model's head is merged like the rest.
     """
-    kind = (checkpoint.config.get("architectures") or [""])[0]
-    if "For" not in kind or any(word in kind for word in _HEADLESS):
+    kind = _class(checkpoint)
+    merged_whole = kind == _class(other) and any(word in kind for word in _HEADLESS)
+    if "For" not in kind or merged_whole:
         return False
     first = Counter(other.split(".")[0] for other in checkpoint.tensors).most_common(1)[0][0]
     return name.split(".")[0] != first
@@ -373,16 +380,21 @@ def find_decoys(pool: Pool) -> list[Finding]:
 
 def _sample(pool: Pool, source: Any) -> Tensor:
     parts = []
-    for info in pool.tensors:
-        size = min(_SAMPLE, info.count)
+    for info, size in _sample_sizes(pool):
         start = (info.count - size) // 2
         parts.append(source.read(info.name, start, start + size).float())
     return torch.cat(parts)
 
 
+def _sample_sizes(pool: Pool) -> list[tuple[TensorInfo, int]]:
+    """How many elements of each tensor are looked at: the same number of all that have so many."""
+    share = max(16, _SAMPLE // max(1, len(pool.tensors)))
+    return [(info, min(share, info.count)) for info in pool.tensors]
+
+
 def _in_matrices(pool: Pool) -> Tensor:
     """Which elements of a sample lie in tensors of two or more dimensions; all, if none do."""
-    parts = [torch.full((min(_SAMPLE, info.count),), len(info.shape) > 1) for info in pool.tensors]
+    parts = [torch.full((size,), len(info.shape) > 1) for info, size in _sample_sizes(pool)]
     inside = torch.cat(parts)
     return inside if inside.any() else ~inside
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from germane.core.evidence import Plot, Series, Share, Step
 from germane.core.objective import Loss
 from germane.core.progress import bar
-from germane.merge._live import Live, LiveMethod, optimise_coefficients
-from germane.merge._pool import Pool
 from germane.method import method
+from germane.tasks.merge._live import Live, LiveMethod, optimise_coefficients
+from germane.tasks.merge._pool import Pool
 
 
 @method("merge/adamerging", paper="2310.02575", code="EnnengYang/AdaMerging", needs=("data",))
@@ -25,6 +25,8 @@ class AdaMerging(LiveMethod):
     Use it when the members are all relevant and inputs, but no labels, are at hand.
     Not with many irrelevant members: it starts from all of them at once, and a model can be
     confident and wrong.
+
+    Coefficients are free, as the formula has them; the official code clamps them to [0, 1].
 
     A step reads every member twice from disk and holds none: memory does not grow with the pool.
     """

