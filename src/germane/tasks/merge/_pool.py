@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from germane.core.checkpoint import (
 from germane.core.errors import CheckpointError
 from germane.core.evidence import Finding
 from germane.tasks.merge._adapter import Adapter
+from germane.tasks.merge._stream import workers
 from germane.tasks.merge._vocabulary import check_vocabulary
 
 _SAMPLE = 1 << 16  # elements of each model that the decoy check looks at, a part of every tensor
@@ -336,11 +335,10 @@ def check_weights(pool: Pool) -> None:
         CheckpointError: Names the tensors.
     """
     files = {file for model in (pool.base, *pool.members) for file in _files(model)}
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for file, (digest, faults) in zip(files, workers.map(_check_file, files), strict=True):
-            if faults:
-                raise CheckpointError("\n".join(faults))
-            pool.digests[str(file)] = digest
+    for file, (digest, faults) in zip(files, workers().map(_check_file, files), strict=True):
+        if faults:
+            raise CheckpointError("\n".join(faults))
+        pool.digests[str(file)] = digest
 
 
 def _files(model: Checkpoint | Member | Adapter) -> list[Path]:

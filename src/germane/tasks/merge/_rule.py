@@ -79,22 +79,26 @@ def _thresholds(
     stream: Stream, ranks_of: Callable[[int], list[int]], per_tensor: bool
 ) -> dict[str, Tensor]:
     sizes = {info.name: info.count for info in stream.tensors} | {"": stream.elements}
-    bins, remaining = {}, {}
+    # Small tensors kept between large ones that come and go would keep the heap from being reused:
+    # what is remembered of each tensor is kept as plain numbers.
+    bins: dict[str, list[list[int]]] = {}
+    remaining: dict[str, list[list[int]]] = {}
     for name, counts in stream.fold(_count_upper_bits, per_tensor):
         ranks = torch.tensor(ranks_of(sizes[name])).clamp(0, sizes[name] - 1)
-        bins[name], remaining[name] = _find(counts, ranks.expand(len(counts), -1))
+        found, rest = _find(counts, ranks.expand(len(counts), -1))
+        bins[name], remaining[name] = found.tolist(), rest.tolist()
 
     def count_lower(block: Block) -> Tensor:
         return _count_lower_bits(block.deltas, bins[block.name if per_tensor else ""])
 
-    thresholds = {}
+    bits: dict[str, list[list[int]]] = {}
     for name, counts in stream.fold(count_lower, per_tensor):
-        rows, columns, _ = counts.shape
-        ranks = remaining[name].reshape(rows * columns, 1)
-        lower, _ = _find(counts.reshape(rows * columns, -1), ranks)
-        bits = (bins[name] << 16) | lower.reshape(rows, columns)
-        thresholds[name] = bits.to(torch.int32).view(torch.float32)
-    return thresholds
+        ranks = torch.tensor(remaining[name])
+        lower, _ = _find(counts.flatten(0, 1), ranks.reshape(-1, 1))
+        bits[name] = (torch.tensor(bins[name]) << 16 | lower.reshape(ranks.shape)).tolist()
+    return {
+        name: torch.tensor(values, dtype=torch.int32).view(torch.float32) for name, values in bits.items()
+    }
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -107,12 +111,12 @@ def _count_upper_bits(block: Block) -> Tensor:
     return torch.stack([torch.bincount(row, minlength=1 << 15) for row in upper])
 
 
-def _count_lower_bits(deltas: Tensor, bins: Tensor) -> Tensor:
+def _count_lower_bits(deltas: Tensor, bins: list[list[int]]) -> Tensor:
     """(models, thresholds, 65536) patterns of lower bits of the elements in the wanted bins."""
-    counts = torch.zeros(*bins.shape, 1 << 16, dtype=torch.int64)
+    counts = torch.zeros(len(bins), len(bins[0]), 1 << 16, dtype=torch.int64)
     for row, values in enumerate(_bits(deltas)):
         upper = values >> 16
-        for column, wanted in enumerate(bins[row].tolist()):
+        for column, wanted in enumerate(bins[row]):
             inside = values[upper == wanted] & 0xFFFF
             counts[row, column] = torch.bincount(inside, minlength=1 << 16)
     return counts

@@ -6,6 +6,7 @@ a pool of four and of four hundred. Blocks are independent, and are worked on by
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ Value = TypeVar("Value")
 
 # Float32 elements a thread holds for all members of a block together: 4 MiB stay in the cache.
 _BUDGET = 1 << 20
+_CORES = os.cpu_count() or 1
 # Random numbers are drawn by position; whole multiples keep every position's number the same.
 _ALIGNMENT = 1024
 
@@ -70,13 +72,12 @@ class Stream:
 
     def map(self, function: Callable[[Block], Value]) -> Iterator[Value]:
         """`function` of every block, in order, computed by one thread a core."""
-        workers = os.cpu_count() or 1
-        with _one_thread_per_operation(), ThreadPoolExecutor(workers) as pool:
+        with _one_thread_per_operation():
             waiting: deque[Future[Value]] = deque()
             try:
                 for info, start, stop in self._places():
-                    waiting.append(pool.submit(self._apply, function, info, start, stop))
-                    if len(waiting) > 2 * workers:
+                    waiting.append(workers().submit(self._apply, function, info, start, stop))
+                    if len(waiting) > 2 * _CORES:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
@@ -118,6 +119,12 @@ class Stream:
         for row, member in zip(deltas, self.members, strict=True):
             row.copy_(member.read(info.name, start, stop)).sub_(base)
         return function(Block(info.name, start, info.shape, base, deltas, self.labels))
+
+
+@functools.cache
+def workers() -> ThreadPoolExecutor:
+    """One thread a core, the same for the whole process: each new thread's heap would stay behind."""
+    return ThreadPoolExecutor(_CORES)
 
 
 @contextmanager
