@@ -291,8 +291,8 @@ def run_demo(out: Path) -> None:
     pool = make_pool(_WANTED, list(IRRELEVANT)[:8], seed=0)
     everything = (*pool.relevant, *pool.irrelevant)
     results = {
-        "relevant only": _compare(pool, pool.relevant, out / "relevant"),
-        "with irrelevant": _compare(pool, everything, out / "all"),
+        f"{len(pool.relevant)} wanted": _compare(pool, pool.relevant, out / "relevant"),
+        f"all {len(everything)}": _compare(pool, everything, out / "all"),
     }
     evidence = _together(results, pool)
     out.mkdir(parents=True, exist_ok=True)
@@ -301,7 +301,7 @@ def run_demo(out: Path) -> None:
 
     report = write_report(evidence, out)
     for name, result in results.items():
-        print(f"\n{name}: {len(pool.relevant if name == 'relevant only' else everything)} checkpoints")
+        print(f"\n{name}")
         print_table(result.evidence)
     _print_falls(evidence)
     _show_plain_loading(pool, everything, out / "merged")

@@ -7,6 +7,7 @@ fails while they differ from what it would write.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -64,15 +65,47 @@ def method_list() -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed(root: Path) -> str:
+    """What `benchmarks/merge.py` measured last, as the README shows it."""
+    rows = json.loads((root / "benchmarks/results/merge.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        "| merge | program | seconds | times germane's | peak memory, MiB | times germane's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            row["method"],
+            _PROGRAMS.get(row["program"], row["program"]),
+            f"{row['wall_seconds']:.1f}",
+            f"{row['wall_ratio']:.2f}",
+            f"{row['peak_rss_mebibytes']:.0f}",
+            f"{row['rss_ratio']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_PROGRAMS = {"floor": "reading the inputs, writing one output", "germane": "**germane**"}
+
+
+def claims(root: Path) -> str:
+    """The first table of the FW-Merging section of CLAIMS.md, and its verdict."""
+    text = (root / "CLAIMS.md").read_text(encoding="utf-8")
+    section = text.split("<!-- fw_merging -->")[1].split("<!-- end fw_merging -->")[0]
+    verdict = next(line for line in section.splitlines() if line.startswith("**"))
+    table = next(part for part in section.split("\n\n") if part.startswith("|"))
+    return f"{verdict}\n\n{table}\n"
+
+
 def pages(root: Path) -> dict[Path, str]:
     """Every generated file -> its content."""
     docs = root / "docs"
     written = {docs / f"{name}.md": explanation(name) for name in registry.names()}
     written |= {docs / f"{task}.md": overview(task) for task in registry.tasks()}
+    parts = {"methods": method_list(), "speed": speed(root), "claims": claims(root)}
     readme = root / "README.md"
     written[readme] = _MARK.sub(
-        lambda match: match[1] + {"methods": method_list}[match[2]]() + match[3],
-        readme.read_text(encoding="utf-8"),
+        lambda match: match[1] + parts[match[2]] + match[3], readme.read_text(encoding="utf-8")
     )
     return written
 
