@@ -273,6 +273,7 @@ def _train(model: Any, tokenizer: Any, texts: list[str], labels: list[int], rate
             optimiser.zero_grad()
 
 
+_SCORED = 100  # test records of each task
 _WANTED = ("computers", "science", "politics", "tweets")
 _METHODS = ("average", "task-arithmetic", "ties", "adamerging", "frank-wolfe")
 # The same small number of steps for both methods that learn, so that the demo is short.
@@ -311,6 +312,8 @@ def run_demo(out: Path) -> None:
 def _compare(pool: MadePool, names: Sequence[str], out: Path) -> Result:
     announce(f"merging {len(names)} checkpoints by {len(_METHODS)} methods")
     recipe = pool.recipe(f"{len(names)} checkpoints", names)
+    fewer = [data.model_copy(update={"limit": _SCORED}) for data in recipe.evaluate]
+    recipe = recipe.model_copy(update={"evaluate": fewer})
     return compare(
         recipe, methods=_METHODS, settings=SETTINGS, out=out, workers=os.cpu_count() or 1, resume=True
     )
@@ -353,15 +356,15 @@ def _print_falls(evidence: Evidence) -> None:
 
 def _show_plain_loading(pool: MadePool, names: Sequence[str], out: Path) -> None:
     """Merge once more, keep the models, and score one with nothing but transformers."""
+    task = pool.relevant[1]
+    test = next(data for data in pool.data("test") if data.name == task)
     recipe = pool.recipe("frank-wolfe on everything", names)
     step = {
         **recipe.steps[0], "method": "frank-wolfe", "settings": SETTINGS["frank-wolfe"],
         "save_tasks": True, "references": False,
     }  # fmt: skip
     if not (out / "tasks").exists():
-        run(recipe.model_copy(update={"steps": [step]}), out, overwrite=True)
-    task = pool.relevant[1]
-    test = next(data for data in pool.data("test") if data.name == task)
+        run(recipe.model_copy(update={"steps": [step], "evaluate": [test]}), out, overwrite=True)
     folder = out / "tasks" / task
     print(f"\nplain transformers, {folder}: accuracy {plain_accuracy(folder, test):.3f}")
     said = next(score for score in Evidence.read(out).scores if score.task == task)
