@@ -194,7 +194,7 @@ def test_papers_as_json(germane):
     status, out, _ = germane("papers", "--json")
     assert status == 0
     found = {paper["arxiv"]: paper for paper in json.loads(out)}
-    assert found["2503.12649"]["method"] == "merge/frank-wolfe"
+    assert found["2404.19296"]["method"] == "route/functional-token"
 
 
 # Comparisons: each row is a process of its own.
