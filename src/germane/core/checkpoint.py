@@ -44,7 +44,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -351,11 +350,6 @@ def copy_companions(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file() and file.suffix != ".safetensors":
                 shutil.copyfile(file, target / file.name)
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """The name safetensors has for a tensor's dtype."""
-    return _NAMES[tensor.dtype]
 
 
 def require_space(folder: Path, size: int) -> None:

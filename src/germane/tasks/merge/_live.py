@@ -201,7 +201,7 @@ def head_member(pool: Pool, data: Data) -> Member | Adapter | None:
     """
     if data.head and Path(data.head).is_dir():
         return open_pool(str(pool.base.folder), [data.head]).members[0]
-    with_heads = [member for member in pool.members if has_head(member)]
+    with_heads = [member for member in pool.members if member.heads]
     if not with_heads:
         if data.head:
             raise RecordsError(
@@ -218,11 +218,6 @@ def head_member(pool: Pool, data: Data) -> Member | Adapter | None:
         f"data {data.name!r}: no member {wanted!r} with a head to read it; set its `head` to one of "
         f"{', '.join(member.label for member in with_heads)}."
     )
-
-
-def has_head(member: Member | Adapter) -> bool:
-    """Whether a member keeps tensors of its own out of the merge."""
-    return bool(member.heads)
 
 
 def _load(folder: Path) -> Any:
