@@ -22,7 +22,7 @@ from torch.nn import functional
 from germane.core.objective import entropy
 from germane.tasks.merge._live import Live, Memory
 from germane.tasks.merge._pool import Pool
-from germane.tasks.merge._rule import magnitude_thresholds
+from germane.tasks.merge._threshold import magnitude_thresholds
 from germane.tasks.merge.frank_wolfe import FrankWolfe, _Search, project_on_simplex
 
 FIXTURES = json.loads((Path(__file__).parent.parent / "fixtures" / "fw_merging.json").read_text())

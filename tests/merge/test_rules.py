@@ -15,8 +15,9 @@ from germane.core.errors import SettingError
 from germane.method import build
 from germane.tasks.merge import _stream
 from germane.tasks.merge._live import Memory
-from germane.tasks.merge._rule import elect_and_average, magnitude_thresholds, uniform_numbers
+from germane.tasks.merge._rule import elect_and_average, uniform_numbers
 from germane.tasks.merge._stream import Stream
+from germane.tasks.merge._threshold import magnitude_thresholds
 from germane.tasks.merge.frank_wolfe import project, project_on_simplex
 
 Model = dict[str, list | np.ndarray | torch.Tensor]
@@ -191,9 +192,14 @@ def kinds(kind: str, shape: tuple[int, ...], generator: np.random.Generator) -> 
     return np.zeros(shape)
 
 
+@pytest.mark.parametrize("sampled", ["all", "some", "hardly any"])
 @pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("kind", ["random", "tied", "tiny", "zero"])
-def test_thresholds_are_exact(kind, per_tensor, budget):
+def test_thresholds_are_exact(kind, per_tensor, sampled, budget, monkeypatch):
+    least = {"all": 1 << 16, "some": 500, "hardly any": 30}[sampled]
+    monkeypatch.setattr("germane.tasks.merge._threshold._SAMPLE", (least, 1 << 22))
+    monkeypatch.setattr("germane.tasks.merge._threshold._RUN", 8)
+    monkeypatch.setattr("germane.tasks.merge._threshold._MARGIN", 0.5)  # so that brackets miss, too
     generator = np.random.default_rng(3)
     shapes = {"a": (70, 61), "b": (9,), "c": (2000,)}
     base = {n: np.zeros(s) for n, s in shapes.items()}

@@ -55,15 +55,12 @@ class Adapter:
         self.folder = folder
         self.label = label
         self.base = base
-        self.config = read_json(folder / "adapter_config.json")
-        self._refuse_other_kinds()
-        if not (folder / _WEIGHTS).exists():
-            raise CheckpointError(f"{folder}: has no {_WEIGHTS}; save the adapter again with safetensors.")
+        self.config, infos = read_adapter(folder)
         self.files = [folder / _WEIGHTS]
         self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, TensorInfo] = {}
         self._extra_heads: dict[str, TensorInfo] = {}
-        self._sort_tensors({info.name: info for info in read_header(folder / _WEIGHTS)})
+        self._sort_tensors({info.name: info for info in infos})
 
     def _refuse_other_kinds(self) -> None:
         kind = self.config.get("peft_type")

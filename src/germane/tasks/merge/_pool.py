@@ -151,6 +151,15 @@ def open_pool(base_path: str, paths: Sequence[str], heads: Sequence[str] = ()) -
     return _split_heads(base, members, heads)
 
 
+def check_files(path: str) -> None:
+    """Raise `CheckpointError` unless a folder or hub id holds whole files of weights; fits are not looked at."""
+    folder = locate(path)
+    if (folder / ADAPTER_CONFIG).exists():
+        read_adapter(folder)
+    else:
+        Checkpoint(folder)
+
+
 def _labels(folders: Sequence[Path]) -> list[str]:
     """The shortest endings of the paths that tell the members apart."""
     parts = [folder.resolve().parts for folder in folders]

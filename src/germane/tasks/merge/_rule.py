@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch.nn import functional
 from germane.core.errors import SettingError
 from germane.method import Method
 from germane.tasks.merge._stream import Block, Stream
-
-_GROUP = 4  # members whose bits are counted at a time
 
 
 class Rule(Method):
@@ -43,96 +40,6 @@ class Rule(Method):
             survey: What `survey` returned.
             seed: Seed of the run, for rules that draw random numbers.
         """
-
-
-def magnitude_thresholds(
-    stream: Stream, ranks_of: Callable[[int], list[int]], per_tensor: bool
-) -> dict[str, Tensor]:
-    """The exact magnitudes of given rank in each member's task vector.
-
-    The k-th smallest of |delta| is found by counting bit patterns: non-negative float32 numbers
-    sort as their bits do. One pass counts the upper 16 bits, a second the lower 16 of those in the
-    bin where the k-th lies. No sort, and memory that depends neither on the size of the tensors
-    nor on the number of members, which are taken a few at a time.
-
-    Args:
-        stream: Base and members.
-        ranks_of: From a number of elements n to the ranks wanted, each counted from 0 at the
-            smallest; clamped to [0, n - 1].
-        per_tensor: A threshold for each tensor, or one for the whole model.
-
-    Returns:
-        Tensor name (or "" for the whole model) -> thresholds (models, ranks), float32.
-    """
-    groups = [
-        _thresholds(
-            Stream(stream.base, stream.members[start : start + _GROUP], stream.tensors),
-            ranks_of,
-            per_tensor,
-        )
-        for start in range(0, len(stream.members), _GROUP)
-    ]
-    return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
-
-
-def _thresholds(
-    stream: Stream, ranks_of: Callable[[int], list[int]], per_tensor: bool
-) -> dict[str, Tensor]:
-    sizes = {info.name: info.count for info in stream.tensors} | {"": stream.elements}
-    # Small tensors kept between large ones that come and go would keep the heap from being reused:
-    # what is remembered of each tensor is kept as plain numbers.
-    bins: dict[str, list[list[int]]] = {}
-    remaining: dict[str, list[list[int]]] = {}
-    for name, counts in stream.fold(_count_upper_bits, per_tensor):
-        ranks = torch.tensor(ranks_of(sizes[name])).clamp(0, sizes[name] - 1)
-        found, rest = _find(counts, ranks.expand(len(counts), -1))
-        bins[name], remaining[name] = found.tolist(), rest.tolist()
-
-    def count_lower(block: Block) -> Tensor:
-        return _count_lower_bits(block.deltas, bins[block.name if per_tensor else ""])
-
-    bits: dict[str, list[list[int]]] = {}
-    for name, counts in stream.fold(count_lower, per_tensor):
-        ranks = torch.tensor(remaining[name])
-        lower, _ = _find(counts.flatten(0, 1), ranks.reshape(-1, 1))
-        bits[name] = (torch.tensor(bins[name]) << 16 | lower.reshape(ranks.shape)).tolist()
-    return {
-        name: torch.tensor(values, dtype=torch.int32).view(torch.float32) for name, values in bits.items()
-    }
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.abs().view(torch.int32)
-
-
-def _count_upper_bits(block: Block) -> Tensor:
-    """(models, 32768) how many elements have each pattern of upper bits."""
-    upper = _bits(block.deltas) >> 16
-    return torch.stack([torch.bincount(row, minlength=1 << 15) for row in upper])
-
-
-def _count_lower_bits(deltas: Tensor, bins: list[list[int]]) -> Tensor:
-    """(models, thresholds, 65536) patterns of lower bits of the elements in the wanted bins."""
-    counts = torch.zeros(len(bins), len(bins[0]), 1 << 16, dtype=torch.int64)
-    for row, values in enumerate(_bits(deltas)):
-        upper = values >> 16
-        for column, wanted in enumerate(bins[row]):
-            inside = values[upper == wanted] & 0xFFFF
-            counts[row, column] = torch.bincount(inside, minlength=1 << 16)
-    return counts
-
-
-def _find(counts: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row, the bin that holds the element of each rank, and its rank inside that bin.
-
-    Args:
-        counts: (rows, bins).
-        ranks: (rows, k), counted from 0.
-    """
-    cumulative = counts.cumsum(dim=1)
-    bins = torch.searchsorted(cumulative, ranks.contiguous(), right=True)
-    before = cumulative.gather(1, bins) - counts.gather(1, bins)
-    return bins, ranks - before
 
 
 def part(share: float, count: int) -> int:

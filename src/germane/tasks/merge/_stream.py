@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from torch import Tensor
 from germane.core.checkpoint import Source, TensorInfo
 
 Value = TypeVar("Value")
+Place = tuple[TensorInfo, int, int]  # elements from start to stop of a tensor
 
 # Float32 elements a thread holds for all members of a block together: 4 MiB stay in the cache.
 _BUDGET = 1 << 20
@@ -70,12 +71,14 @@ class Stream:
         """Number of elements of one model in the stream."""
         return sum(info.count for info in self.tensors)
 
-    def map(self, function: Callable[[Block], Value]) -> Iterator[Value]:
-        """`function` of every block, in order, computed by one thread a core."""
+    def map(
+        self, function: Callable[[Block], Value], places: Iterable[Place] | None = None
+    ) -> Iterator[Value]:
+        """`function` of every block, or of these places, in order, computed by one thread a core."""
         with _one_thread_per_operation():
             waiting: deque[Future[Value]] = deque()
             try:
-                for info, start, stop in self._places():
+                for info, start, stop in self._places() if places is None else places:
                     waiting.append(workers().submit(self._apply, function, info, start, stop))
                     if len(waiting) > 2 * _CORES:
                         yield waiting.popleft().result()
@@ -106,7 +109,7 @@ class Stream:
         if total is not None:
             yield name, total
 
-    def _places(self) -> Iterator[tuple[TensorInfo, int, int]]:
+    def _places(self) -> Iterator[Place]:
         rows = max(1, len(self.members))
         size = max(_ALIGNMENT, _BUDGET // rows // _ALIGNMENT * _ALIGNMENT)
         for info in self.tensors:

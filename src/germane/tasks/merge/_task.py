@@ -30,11 +30,19 @@ from germane.core.evidence import Finding, Score, Share, Step
 from germane.core.objective import Task
 from germane.core.progress import announce, bar
 from germane.core.records import Data, read_rows
-from germane.job import Job
+from germane.job import Job, is_reference
 from germane.method import Method
 from germane.tasks.merge._adapter import Adapter
 from germane.tasks.merge._live import Live, LiveMethod, head_member, load_with_head, model_parameters
-from germane.tasks.merge._pool import Member, Pool, check_weights, find_decoys, open_pool
+from germane.tasks.merge._pool import (
+    Member,
+    Pool,
+    check_files,
+    check_weights,
+    expand,
+    find_decoys,
+    open_pool,
+)
 from germane.tasks.merge._rule import Rule
 from germane.tasks.merge._stream import Block, Stream
 
@@ -66,10 +74,7 @@ class Merge(Job):
 
     def check(self, method: Method) -> None:
         """Everything that can be known from names, headers and records, before any work."""
-        if isinstance(method, LiveMethod) and not self.data:
-            raise SettingError(f"{method.name}: needs data: --data NAME=FILE, once for each task.")
-        for data in (*self.data, *self.evaluate):
-            read_rows(data)
+        self._check_records(method)
         pool = open_pool(self.base, self.pool, self.heads)
         if isinstance(method, Rule):
             method.check_pool(len(pool.members))
@@ -77,6 +82,22 @@ class Merge(Job):
             head_member(pool, data)
         if isinstance(method, LiveMethod) and method.objective == "cross-entropy":
             self._check_labels(method, pool)
+
+    def check_early(self, method: Method) -> None:
+        """Records, the number of members, and the folders that are there already, each by itself."""
+        self._check_records(method)
+        known = [path for path in self.pool if not is_reference(path)]
+        folders = expand(known) if known else []
+        for path in (*folders, *([] if is_reference(self.base) else [self.base])):
+            check_files(path)
+        if isinstance(method, Rule):  # an earlier step's result is one member
+            method.check_pool(len(folders) + len(self.pool) - len(known))
+
+    def _check_records(self, method: Method) -> None:
+        if isinstance(method, LiveMethod) and not self.data:
+            raise SettingError(f"{method.name}: needs data: --data NAME=FILE, once for each task.")
+        for data in (*self.data, *self.evaluate):
+            read_rows(data)
 
     def _check_labels(self, method: LiveMethod, pool: Pool) -> None:
         """Classifiers need a label in every record."""

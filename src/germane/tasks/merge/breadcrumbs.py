@@ -7,8 +7,9 @@ from pydantic import Field
 from torch import Tensor
 
 from germane.method import method
-from germane.tasks.merge._rule import Rule, magnitude_thresholds, part
+from germane.tasks.merge._rule import Rule, part
 from germane.tasks.merge._stream import Block, Stream
+from germane.tasks.merge._threshold import magnitude_thresholds
 
 
 @method("merge/breadcrumbs", paper="2312.06795", code="rezazzr/breadcrumbs")

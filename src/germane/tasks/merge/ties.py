@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from germane.method import method
-from germane.tasks.merge._rule import Rule, elect_and_average, magnitude_thresholds, part, trim
+from germane.tasks.merge._rule import Rule, elect_and_average, part, trim
 from germane.tasks.merge._stream import Block, Stream
+from germane.tasks.merge._threshold import magnitude_thresholds
 
 
 @method("merge/ties", paper="2306.01708", code="prateeky2806/ties-merging")
