@@ -183,6 +183,66 @@ def test_a_check_opens_files_and_writes_nothing(llama, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def waiting(llama, tmp_path: Path, kind: str) -> dict:
+    """A recipe whose second step waits for the first and has a fault of its own."""
+    value = content(llama)
+    step = value["steps"][1]
+    missing = str(tmp_path / "none.jsonl")
+    if kind == "its data":
+        step |= {"method": "frank-wolfe", "data": [f"count={missing}"]}
+        step.pop("settings")
+    elif kind == "no data":
+        step |= {"method": "frank-wolfe"}
+        step.pop("settings")
+    elif kind == "records scored":
+        value["evaluate"] = [{"name": "count", "path": missing}]
+    elif kind == "fields":
+        file = zoo.write_rows(tmp_path / "bad.jsonl", [{"txt": "w1"}])
+        step["evaluate"] = [f"bad={file}"]
+    elif kind == "a member":
+        step["pool"] = ["step:first", str(tmp_path / "nowhere")]
+    elif kind == "an adapter":
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+        step["pool"] = ["step:first", str(folder)]
+    elif kind == "the base":
+        step["base"] = str(tmp_path / "nowhere")
+    else:
+        step |= {"method": "slerp", "pool": ["step:first", *map(str, llama.members)], "settings": {}}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("its data", "none.jsonl: no such file"),
+        ("no data", "frank-wolfe: needs data: --data NAME=FILE"),
+        ("records scored", "none.jsonl: no such file"),
+        ("fields", "record 1: has no text in field 'text'; did you mean 'txt'"),
+        ("a member", "nowhere: no such folder"),
+        ("an adapter", "a IA3 adapter; only LoRA is a sum"),
+        ("the base", "nowhere: no such folder"),
+        ("the number of members", "slerp"),
+    ],
+)
+def test_a_step_that_waits_is_checked_before_the_first(kind, message, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes.job_class("merge"), "run", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(GermaneError) as caught:
+        run(Recipe(**waiting(llama, tmp_path, kind)), tmp_path / "out")
+    assert message in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_hangs_on_an_earlier_step_is_left_to_its_turn(llama, tmp_path):
+    """Its base and head are results too; they cannot be opened yet, and are no fault."""
+    value = content(llama)
+    value["steps"][1] |= {"base": "step:first", "pool": [str(llama.members[2]), "step:first"]}
+    data = {"name": "count", "path": llama.data.partition("=")[2], "head": "step:first"}
+    value["steps"][1]["evaluate"] = [data]
+    assert [step.name for step in check(Recipe(**value))] == ["first", "2-merge"]
+
+
 def test_no_place_for_the_result(llama):
     with pytest.raises(SettingError, match="out: say where the result goes"):
         run(Recipe(**content(llama)))

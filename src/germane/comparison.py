@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 
 from germane.core.errors import MissingExtra, OutputExists, SettingError
-from germane.core.evidence import FILE_NAME, Evidence, Row, Score, Table
+from germane.core.evidence import FILE_NAME, Evidence, Row
 from germane.core.progress import announce, track
+from germane.job import job_class
 from germane.recipe import Recipe, Result, check
 
 _WEIGHTS = ("*.safetensors", "heads", "tasks", "steps")
@@ -93,7 +94,8 @@ def compare(
     rows = [_row(cell) for cell in cells]
     references = _references(cells)
     evidence.rows = [*references, *rows]
-    evidence.tables = _normalised(rows, references)
+    kind = job_class(recipe.steps[-1]["task"])
+    evidence.tables, evidence.scatters = kind.summarise(rows, references)
     _write(evidence, folder)
     return Result(folder, evidence)
 
@@ -258,27 +260,6 @@ def _references(cells: Sequence[Cell]) -> list[Row]:
                 for subject in subjects
             ]
     return []
-
-
-def _normalised(rows: Sequence[Row], references: Sequence[Row]) -> list[Table]:
-    """Mean of score over the member's own score, in percent, where members have scores of their own."""
-    own = {score.task: score for row in references if row.label == "own" for score in row.scores}
-    lines: list[list[str | float | int | None]] = []
-    for row in rows:
-        if row.status != "done" or not row.scores:
-            continue
-        shares = [_share(score, own.get(score.task)) for score in row.scores]
-        known = [share for share in shares if share is not None]
-        if known:
-            lines.append([row.label, row.seed, round(sum(known) / len(known), 1)])
-    title = "Normalised score: mean over tasks of result / fine-tuned member, in percent"
-    return [Table(title=title, columns=["method", "seed", "normalised score"], rows=lines)] if lines else []
-
-
-def _share(score: Score, own: Score | None) -> float | None:
-    if own is None or not score.higher_is_better or own.value == 0:
-        return None
-    return 100 * score.value / own.value
 
 
 def _write(evidence: Evidence, folder: Path) -> None:

@@ -275,7 +275,8 @@ def _train(model: Any, tokenizer: Any, texts: list[str], labels: list[int], rate
 
 _SCORED = 100  # test records of each task
 _WANTED = ("computers", "science", "politics", "tweets")
-_METHODS = ("average", "task-arithmetic", "ties", "adamerging", "frank-wolfe")
+_OURS = "frank-wolfe"
+_METHODS = ("average", "task-arithmetic", "ties", "adamerging", _OURS)
 # The same small number of steps for both methods that learn, so that the demo is short.
 _LEARNING = {"learning_rate": 0.03}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -305,6 +306,7 @@ def run_demo(out: Path) -> None:
         print(f"\n{name}")
         print_table(result.evidence)
     _print_falls(evidence)
+    print(f"\n{evidence.headline}")
     _show_plain_loading(pool, everything, out / "merged")
     print(f"\nreport: {report}")
 
@@ -332,20 +334,84 @@ def _together(results: Mapping[str, Result], pool: MadePool) -> Evidence:
             for row in part.rows
             if row.status != "reference"
         ]
-    evidence.tables = [falls(first.rows, second.rows)]
+    changes = mean_changes(first.rows, second.rows)
+    evidence.headline = finding(changes, pool)
+    evidence.tables = [_table(changes)]
     return evidence
 
 
-def falls(before: Sequence[Row], after: Sequence[Row]) -> Table:
-    """Mean accuracy of each method without and with the irrelevant checkpoints."""
-    lines: list[list[str | float | int | None]] = []
-    others = {row.label: row.mean("accuracy") for row in after}
+@dataclass(frozen=True)
+class Change:
+    """What irrelevant checkpoints do to one method.
+
+    Attributes:
+        method: Its label.
+        before: Mean accuracy of the relevant checkpoints' merge.
+        after: Mean accuracy when the irrelevant ones are in the pool.
+    """
+
+    method: str
+    before: float
+    after: float
+
+    @property
+    def points(self) -> float:
+        """Percentage points gained, to one decimal; lost ones are negative."""
+        return round(100 * (self.after - self.before), 1)
+
+
+def mean_changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
+    """The change of every method that has a mean accuracy on both pools."""
+    others = {row.label: row.mean("accuracy") for row in after if row.status == "done"}
+    changes = []
     for row in before:
         first, second = row.mean("accuracy"), others.get(row.label)
         if row.status == "done" and first is not None and second is not None:
-            lines.append([row.label, round(first, 4), round(second, 4), round(100 * (second - first), 1)])
-    columns = ["method", "relevant only", "with irrelevant", "change in points"]
-    return Table(title="What irrelevant checkpoints do to the mean accuracy", columns=columns, rows=lines)
+            changes.append(Change(row.label, first, second))
+    return changes
+
+
+def _table(changes: Sequence[Change]) -> Table:
+    return Table(
+        title="What irrelevant checkpoints do to the mean accuracy",
+        columns=["method", "relevant only", "with irrelevant", "change in points"],
+        rows=[[c.method, round(c.before, 4), round(c.after, 4), c.points] for c in changes],
+    )
+
+
+def finding(changes: Sequence[Change], pool: MadePool) -> str:
+    """What happened to each method, whether it speaks for frank-wolfe or against it."""
+    ours = next((change for change in changes if change.method == _OURS), None)
+    others = sorted((change for change in changes if change is not ours), key=lambda c: c.points)
+    start = f"With {len(pool.irrelevant)} irrelevant checkpoints added to {len(pool.relevant)} wanted ones"
+    clauses = [*_others_clauses(others), _our_clause(ours, others)]
+    return f"{start} (one seed), {'; '.join(clauses)}"
+
+
+def _others_clauses(others: Sequence[Change]) -> list[str]:
+    """For which of the other methods it fell by how much, most first, and for which it did not."""
+    fell = [f"{-change.points:.1f} points for {change.method}" for change in others if change.points < 0]
+    held = [f"{change.method} ({change.points:+.1f})" for change in others if change.points >= 0]
+    clauses = [f"mean accuracy fell by {_listed(fell)}"] if fell else []
+    return [*clauses, f"mean accuracy did not fall for {_listed(held)}"] if held else clauses
+
+
+def _our_clause(ours: Change | None, others: Sequence[Change]) -> str:
+    """What it did for frank-wolfe, and whether that held better and ended higher than all others."""
+    if ours is None:
+        return f"{_OURS} has no score on both pools"
+    steadier = [change.method for change in others if change.points >= ours.points]
+    higher = [change.method for change in others if round(change.after, 3) >= round(ours.after, 3)]
+    moved = f"fell by {-ours.points:.1f}" if ours.points < 0 else f"rose by {ours.points:.1f}"
+    rank = f"no better than for {_listed(steadier)}" if steadier else "better than for any other"
+    end = f"not above {_listed(higher)}" if higher else "the highest"
+    return f"for {_OURS} it {moved} points, {rank}, and ends at {ours.after:.3f}, {end}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    """One, two and three."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _print_falls(evidence: Evidence) -> None:

@@ -30,10 +30,9 @@ from germane.core.evidence import Evidence, Finding, Score, Share, Step, peak_me
 from germane.core.progress import announce
 from germane.core.records import Data
 from germane.core.settings import Settings, validate
-from germane.job import Job, job_class
+from germane.job import REFERENCE, Job, is_reference, job_class, records_of
 from germane.method import Method, build
 
-_REFERENCE = "step:"
 _OWN_KEYS = ("task", "method", "name", "settings")
 
 
@@ -70,7 +69,7 @@ class Planned:
     @property
     def waits(self) -> bool:
         """Whether it needs an earlier step's result."""
-        return _REFERENCE in json.dumps(self.arguments)
+        return any(is_reference(text) for text in _texts(self.arguments))
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _plain(values: list[Data]) -> list[dict[str, Any]]:
 
 def _check_references(value: Any, known: list[str], place: str) -> None:
     for text in _texts(value):
-        if text.startswith(_REFERENCE) and text.removeprefix(_REFERENCE) not in known:
+        if is_reference(text) and text.removeprefix(REFERENCE) not in known:
             earlier = ", ".join(known) or "none"
             raise SettingError(f"{place}: {text!r} names no earlier step. Earlier: {earlier}.")
 
@@ -196,8 +195,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _resolve(value: Any, results: Mapping[str, Path]) -> Any:
-    if isinstance(value, str) and value.startswith(_REFERENCE):
-        return str(results.get(value.removeprefix(_REFERENCE), value))
+    if isinstance(value, str) and is_reference(value):
+        return str(results.get(value.removeprefix(REFERENCE), value))
     if isinstance(value, dict):
         return {key: _resolve(item, results) for key, item in value.items()}
     if isinstance(value, list):
@@ -206,11 +205,17 @@ def _resolve(value: Any, results: Mapping[str, Path]) -> Any:
 
 
 def check(recipe: Recipe) -> list[Planned]:
-    """Everything that can be known before the work: keys, files, shapes, records."""
+    """Everything that can be known before the work: keys, files, shapes, records.
+
+    What hangs on an earlier step's result is checked when that is there.
+    """
     planned = plan(recipe)
     for step in planned:
-        if not step.waits:
-            step.job({}).check(step.method)
+        job = step.job({})
+        if step.waits:
+            job.check_early(step.method)
+        else:
+            job.check(step.method)
     return planned
 
 
@@ -256,13 +261,10 @@ def run(
 
 def _paths(job: Job) -> Iterator[str]:
     """The files and folders a job reads."""
-    for name in type(job).model_fields:
+    yield from (data.path for data in records_of(job))
+    for name in job.paths:
         value = getattr(job, name)
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, Data):
-                yield item.path
-            elif name in job.paths and isinstance(item, str) and item:
-                yield item
+        yield from filter(None, value if isinstance(value, list) else [value])
 
 
 def _keep_inputs(target: Path, planned: list[Planned]) -> None:
@@ -354,7 +356,7 @@ def _resolve_names(value: Any, workshop: Path) -> Any:
     """Say `step:NAME` in the evidence where the job names a folder of the workshop."""
     prefix = f"{workshop}{os.sep}"
     if isinstance(value, str) and value.startswith(prefix):
-        return _REFERENCE + value.removeprefix(prefix)
+        return REFERENCE + value.removeprefix(prefix)
     if isinstance(value, dict):
         return {key: _resolve_names(item, workshop) for key, item in value.items()}
     if isinstance(value, list):

@@ -79,6 +79,49 @@ def test_transposed_weights_of_gpt2(others, tmp_path):
         torch.testing.assert_close(values, expected[name], atol=1e-6, rtol=0)
 
 
+SQUARE = {
+    # PEFT corrects the setting at each module, and saves what the last one made of it.
+    "conv1d": {"target_modules": ["c_attn", "attn.c_proj"]},
+    "conv1d, then linear": {"target_modules": ["attn.c_proj", "lm_head"], "fan_in_fan_out": True},
+    "only linear": {"target_modules": ["lm_head"], "fan_in_fan_out": True},
+}
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["", "saved without prefix"])
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize("case", SQUARE)
+def test_square_weights_are_transposed_by_their_module(case, said, bare, tmp_path):
+    """Of GPT-2's Conv1D the attention's projection is square, here the Linear head too."""
+    config = zoo.gpt2_config()
+    config.vocab_size, config.tie_word_embeddings = config.n_embd, False
+    base = zoo.save(zoo.make(transformers.GPT2LMHeadModel, config), tmp_path / "base", words=None)
+    expected = adapter(base, tmp_path / "a", transformers.GPT2LMHeadModel, r=4, **SQUARE[case])
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fan_in_fan_out": said}))
+    if bare:
+        zoo.rewrite(base, lambda tensors: {n.removeprefix("transformer."): t for n, t in tensors.items()})
+        expected = {n.removeprefix("transformer."): t for n, t in expected.items()}
+    pool = open_pool(str(base), [str(tmp_path / "a")])
+    changed = 0
+    for name, values in read_all(pool, pool.members[0]).items():
+        torch.testing.assert_close(values, expected[name], atol=1e-6, rtol=0)
+        changed += not torch.equal(values, weights(base)[name])
+    assert changed == {"conv1d": 4, "conv1d, then linear": 3, "only linear": 1}[case]
+
+
+def test_the_adapter_decides_for_a_base_without_a_class(tmp_path):
+    base = zoo.save(
+        zoo.make(transformers.GPT2LMHeadModel, zoo.gpt2_config()), tmp_path / "base", words=None
+    )
+    settings = {"r": 4, "fan_in_fan_out": True, "target_modules": ["attn.c_proj"]}
+    expected = adapter(base, tmp_path / "a", transformers.GPT2LMHeadModel, **settings)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["Unknown"]}))
+    pool = open_pool(str(base), [str(tmp_path / "a")])
+    for name, values in read_all(pool, pool.members[0]).items():
+        torch.testing.assert_close(values, expected[name], atol=1e-6, rtol=0)
+
+
 def test_biases_trained_with_the_adapter(bert, tmp_path):
     """PEFT leaves trained biases in the model when it merges; so do we."""
     base = bert.members[0]
@@ -349,6 +392,29 @@ def test_mixed_dtypes_come_out_as_the_bases(others, tmp_path):
         expected = sum(weights(m)[name].float() for m in members) / 3
         assert values.dtype == torch.bfloat16
         torch.testing.assert_close(values.float(), expected, atol=1e-4, rtol=2**-8)
+
+
+@pytest.mark.parametrize("form", ["linear", "ties"])
+def test_the_masks_of_dare_stay_when_a_namesake_joins_the_pool(form, llama, tmp_path):
+    """Each member alone, then with one of the same folder's name, which lengthens both labels."""
+    first = shutil.copytree(llama.members[0], tmp_path / "a" / "same")
+    second = shutil.copytree(llama.members[1], tmp_path / "b" / "same")
+
+    def moved(*pool: Path) -> zoo.Weights:
+        settings = {"form": form, "drop": 0.5, "scale": 1}
+        out = tmp_path / "out"
+        result = merge("dare", llama.base, pool, out, settings=settings, seed=3, overwrite=True)
+        base = weights(llama.base)
+        return {name: values - base[name] for name, values in weights(result.folder).items()}
+
+    one, other, both = moved(first), moved(second), moved(first, second)
+    for name, values in both.items():
+        alone = (one[name] != 0) ^ (other[name] != 0)  # elements that one member kept, whatever the form
+        assert alone.any()
+        torch.testing.assert_close(values[alone], (one[name] + other[name])[alone], atol=1e-6, rtol=0)
+    assert zoo.same_bytes(moved(second, first), both)
+    renamed = shutil.copytree(first, tmp_path / "another name")
+    assert zoo.same_bytes(moved(renamed), one)
 
 
 # Paths and labels.

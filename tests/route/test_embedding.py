@@ -30,6 +30,17 @@ def test_embeddings_are_means_over_the_tokens_without_padding(places: Places):
         assert torch.allclose(vector, states.mean(0) / states.mean(0).norm(), atol=1e-5)
 
 
+def test_special_tokens_in_a_query_are_text(places: Places):
+    text = "w1 [SEP] w2 [CLS]"
+    batch = zoo.tokenizer()(text, split_special_tokens=True, return_tensors="pt")
+    assert batch["input_ids"].flatten().tolist().count(2) == 1
+    assert 3 not in batch["input_ids"]
+    model = transformers.AutoModel.from_pretrained(places.encoder).eval()
+    with torch.no_grad():
+        mean = model(**batch).last_hidden_state[0].mean(0)
+    assert torch.allclose(Encoder(str(places.encoder), 64)([text])[0], mean / mean.norm(), atol=1e-5)
+
+
 def test_scores_are_the_softmax_of_cosines(places: Places, tmp_path: Path):
     train(places, "embedding", tmp_path / "out", compare_with="descriptions", temperature=0.5)
     encoder = Encoder(str(places.encoder), 64)

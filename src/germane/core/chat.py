@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 Conversation = Sequence[Message]
+
+# Private characters of Unicode that no text has, around what is not to be read as a special token.
+_OPEN, _CLOSE = "\U000f6e00", "\U000f6e01"
+_MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 
 
 class ChatSettings(Settings):
@@ -343,11 +348,13 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Conversati
     """The tokens of a conversation in the model's chat format, up to where its answer begins.
 
     A template that knows no system message gets it at the head of the first user message; a
-    tokenizer without a template gets the contents, a line each.
+    tokenizer without a template gets the contents, a line each. Only the template speaks in special
+    tokens: what looks like one in a message is read as text, so no message can end or begin another.
     """
     if not tokenizer.chat_template:
         text = "".join(f"{message['content']}\n" for message in messages)
-        return list(tokenizer(text)["input_ids"])
+        return list(tokenizer(text, split_special_tokens=True)["input_ids"])
+    messages = [{**message, "content": mark_special(tokenizer, message["content"])} for message in messages]
     from jinja2 import TemplateError
 
     def render(chosen: Conversation) -> str:
@@ -361,7 +368,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Conversati
         text = render(messages)
     except TemplateError:
         text = render(_without_system(messages))
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode_marked(tokenizer, text)
 
 
 def _without_system(messages: Conversation) -> list[Message]:
@@ -370,6 +377,44 @@ def _without_system(messages: Conversation) -> list[Message]:
         return list(messages)
     content = f"{first['content']}\n\n{rest[0]['content']}"
     return [{"role": rest[0]["role"], "content": content}, *rest[1:]]
+
+
+def mark_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text with each special token in it marked, so that `encode_marked` reads it as text."""
+    text = text.replace(_OPEN, "").replace(_CLOSE, "")
+    found = [token for token in _special_tokens(tokenizer) if token in text]
+    if not found:
+        return text
+    pattern = "|".join(re.escape(token) for token in sorted(found, key=len, reverse=True))
+    return re.sub(pattern, lambda match: f"{_OPEN}{match[0]}{_CLOSE}", text)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens, and those that the chat template speaks in though they are not called special."""
+    template = str(tokenizer.chat_template or "")
+    added = tokenizer.added_tokens_decoder.values()
+    return [
+        token.content
+        for token in added
+        if token.content.strip() and (token.special or token.content in template)
+    ]
+
+
+def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text, what `mark_special` marked in it as text; without marks, as ever."""
+    tokens: list[int] = []
+    for number, piece in enumerate(_MARKED.split(text)):
+        # Cut in two, since tokens that are not called special are found whatever the tokenizer is told.
+        parts = [piece[:1], piece[1:]] if number % 2 and piece else [piece]
+        for part in filter(None, parts):
+            encoded = tokenizer(part, add_special_tokens=False, split_special_tokens=number % 2 == 1)
+            tokens += encoded["input_ids"]
+    return tokens
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text by someone else: nothing in it is a special token."""
+    return encode_marked(tokenizer, mark_special(tokenizer, text))
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -101,6 +101,29 @@ class Plot(Record):
     series: list[Series]
 
 
+class ScatterPoint(Record):
+    """One point of a scatter plot."""
+
+    name: str
+    x: float
+    y: float
+    reference: bool = False
+
+
+class Scatter(Record):
+    """Points between two aims, of which more of one costs the other.
+
+    Attributes:
+        lower_x: Whether less of x is better; more of y always is.
+    """
+
+    title: str
+    x: str
+    y: str
+    points: list[ScatterPoint]
+    lower_x: bool = True
+
+
 class Table(Record):
     """A table a method or a comparison wants shown as it is."""
 
@@ -172,6 +195,7 @@ class Evidence(Record):
 
     kind: Literal["run", "compare"] = "run"
     title: str = ""
+    headline: str = ""  # the finding in the maker's own words; without, the report works one out
     germane: str = ""
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
@@ -179,6 +203,7 @@ class Evidence(Record):
     steps: list[Step] = Field(default_factory=list)
     rows: list[Row] = Field(default_factory=list)
     plots: list[Plot] = Field(default_factory=list)
+    scatters: list[Scatter] = Field(default_factory=list)
     tables: list[Table] = Field(default_factory=list)
 
     @classmethod

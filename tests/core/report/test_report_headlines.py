@@ -24,6 +24,16 @@ def test_headline_counts_serious_findings() -> None:
     assert headline(evidence).endswith("; 1 serious finding")
 
 
+def test_a_headline_of_its_own_comes_first_and_hides_no_serious_finding() -> None:
+    evidence = compare_evidence()
+    evidence.headline = "What irrelevant checkpoints do."
+    assert headline(evidence) == "What irrelevant checkpoints do"
+    finding = Finding(code="destroyed", severity="serious", about="result", message="Gone.")
+    evidence.steps = [Step(task="merge", method="merge/ties", findings=[finding])]
+    assert headline(evidence) == "What irrelevant checkpoints do; 1 serious finding"
+    assert "<h1>What irrelevant checkpoints do; 1 serious finding</h1>" in render(evidence)
+
+
 def test_headline_compares_with_the_base_on_shared_tasks_only() -> None:
     scores = [score("base", "a", 0.5), score("result", "a", 0.7), score("result", "b", 0.1)]
     evidence = Evidence(steps=[Step(task="merge", method="merge/ties", scores=scores)])

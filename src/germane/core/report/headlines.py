@@ -1,4 +1,4 @@
-"""The finding of a run or of a comparison in one sentence of plain words."""
+"""The finding of a run or of a comparison in plain words."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from germane.core.report.text import count, interval_text, score_text, sentence,
 
 
 def headline(evidence: Evidence) -> str:
-    """The finding in one sentence of plain words, worked out from the evidence."""
+    """The finding in plain words: the evidence's own headline, else one worked out from its numbers."""
     evidence = directions_apart(evidence)
-    clauses = _compare_clauses(evidence) if evidence.rows else _run_clauses(evidence)
+    if evidence.headline:
+        clauses = [evidence.headline.rstrip(".")]
+    else:
+        clauses = _compare_clauses(evidence) if evidence.rows else _run_clauses(evidence)
     serious = sum(finding.severity == "serious" for finding in evidence.findings)
     if serious:
         clauses.append(count(serious, "serious finding"))

@@ -22,7 +22,7 @@ from germane.core.evidence import Evidence, Finding, Plot, Row, Share, Step, Tab
 from germane.core.report.comparison import Comparison, directions_apart
 from germane.core.report.figures import compare_figure, scores_figure
 from germane.core.report.headlines import headline
-from germane.core.report.plots import Figure, line_figure, percent_text
+from germane.core.report.plots import Figure, line_figure, percent_text, scatter_figure
 from germane.core.report.tables import Grid, heat_grid, rows_grid, scores_grid, table_grid
 from germane.core.report.text import humanise_bytes, humanise_seconds, score_text, yaml_text
 
@@ -128,7 +128,7 @@ def _page(evidence: Evidence, folder: Path | None) -> Page:
             _step_part(step, f"Step {place}: {step.method or step.task}" if several else "")
             for place, step in enumerate(evidence.steps, start=1)
         ),
-        figures=_figures(evidence.plots),
+        figures=(*filter(None, map(scatter_figure, evidence.scatters)), *_figures(evidence.plots)),
         grids=_grids(evidence.tables),
     )
 

@@ -13,7 +13,7 @@ from itertools import accumulate, groupby
 
 from markupsafe import Markup, escape
 
-from germane.core.evidence import Plot, Series
+from germane.core.evidence import Plot, Scatter, ScatterPoint, Series
 from germane.core.report.scales import Scale
 from germane.core.report.text import count, cut, number_text
 
@@ -328,3 +328,63 @@ def _line_legend(plot: Plot, points: Mapping[int, object], styles: Mapping[int, 
 def _series_text(name: str, points: Sequence[Point]) -> str:
     ends = points if len(points) == 1 else (points[0], points[-1])
     return f"{name}: " + ", ".join(f"{number_text(y)} at {x:g}" for x, y in ends)
+
+
+# --- Scatter
+
+
+def scatter_figure(scatter: Scatter) -> Figure | None:
+    """Points between two aims, and the front of those that none surpasses in both; None without points."""
+    points = [point for point in scatter.points if math.isfinite(point.x) and math.isfinite(point.y)]
+    if not points:
+        return None
+    horizontal, vertical = (Scale.over([getattr(p, axis) for p in points]) for axis in ("x", "y"))
+    best = front([p for p in points if not p.reference], scatter.lower_x)
+    content = _y_axis(vertical)
+    content += _x_axis(horizontal, LINE_HEIGHT, LINE_HEIGHT + 5, "rule", LINE_HEIGHT + 19)
+    content.append(_rule(0, "100%", LINE_HEIGHT, LINE_HEIGHT, "rule"))
+    if len(best) > 1:
+        path = _line([[(p.x, p.y) for p in best]], horizontal, vertical, few=False)
+        content.append(_tag("g", _tag("title", "none is better in both"), *path, class_="line series-rest"))
+    content += [_point(point, horizontal, vertical) for point in points]
+    described = [f"{p.name}: {number_text(p.x)}, {number_text(p.y)}" for p in points]
+    names = ", ".join(point.name for point in best)
+    better = "left" if scatter.lower_x else "right"
+    return Figure(
+        kind="lines",
+        title=scatter.title,
+        svg=_svg(
+            scatter.title, f"{scatter.y} by {scatter.x}. " + "; ".join(described), LINE_HEIGHT, content
+        ),
+        legend=(
+            dot_key(Look("result", "circle"), "methods"),
+            dot_key(Look("base", "square"), "references"),
+        ),
+        above=f"{scatter.y} (higher is better)",
+        below=f"{scatter.x} (better to the {better})",
+        note=f"No other method is better in both than: {names}." if best else "",
+    )
+
+
+def front(points: Sequence[ScatterPoint], lower_x: bool) -> list[ScatterPoint]:
+    """The points that no other surpasses in one aim without falling behind in the other, by x."""
+    sign = 1.0 if lower_x else -1.0
+    found: list[ScatterPoint] = []
+    for point in sorted(points, key=lambda p: (sign * p.x, -p.y)):
+        if not found or point.y > found[-1].y:
+            found.append(point)
+    return found
+
+
+def _point(point: ScatterPoint, horizontal: Scale, vertical: Scale) -> Markup:
+    """A dot with its name beside it; the name stands on the side that has room."""
+    part = horizontal.part(point.x)
+    place, y = percent_text(part), LINE_HEIGHT * (1 - vertical.part(point.y))
+    look = Look("base", "square") if point.reference else Look("result", "circle")
+    dot = _tag("svg", _tag("path", d=SHAPES[look.shape]), x=place, y=y, class_="dot")
+    offset, side = (-9, "tick end") if part > 0.6 else (9, "tick")
+    name = _tag(
+        "text", _tag("tspan", cut(point.name, LABEL_LENGTH), dx=offset), x=place, y=y + 4, class_=side
+    )
+    title = _tag("title", f"{point.name}: {number_text(point.x)}, {number_text(point.y)}")
+    return _tag("g", title, dot, name, class_=f"mark {look.style}")

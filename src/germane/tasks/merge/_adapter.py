@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from germane.core.checkpoint import Checkpoint, TensorInfo, read_elements, read_header, read_json
+from germane.core.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    TensorInfo,
+    model_class,
+    read_elements,
+    read_header,
+    read_json,
+)
 from germane.core.errors import CheckpointError
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -27,6 +37,41 @@ _MORE_THAN_A_PRODUCT = (
     "use_bdlora",
     "kasa_config",
 )
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
+    """Configuration and tensors of an adapter's folder, whatever its base.
+
+    Raises:
+        CheckpointError: Files that are missing or damaged, or another kind of adapter than LoRA.
+    """
+    config = read_json(folder / ADAPTER_CONFIG)
+    _refuse_other_kinds(folder, config)
+    if not (folder / _WEIGHTS).exists():
+        raise CheckpointError(f"{folder}: has no {_WEIGHTS}; save the adapter again with safetensors.")
+    return config, read_header(folder / _WEIGHTS)
+
+
+def _refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if kind != "LORA" or config.get("use_dora"):
+        name = "DoRA" if kind == "LORA" else kind
+        raise CheckpointError(
+            f"{folder}: a {name} adapter; only LoRA is a sum with the base. "
+            "Merge it with PEFT (merge_and_unload) and give the full checkpoint."
+        )
+    used = [option for option in _MORE_THAN_A_PRODUCT if config.get(option)]
+    if used:
+        raise CheckpointError(
+            f"{folder}: uses {used[0]}, which is more than a product added to the base. "
+            "Merge it with PEFT (merge_and_unload) and give the full checkpoint."
+        )
+    if any(start.startswith(word) for word in _CHANGED_BASE):
+        raise CheckpointError(
+            f"{folder}: started by {start}, which changes the base; convert it with "
+            "PEFT's path_initial_model_for_weight_conversion first."
+        )
 
 
 @dataclass(frozen=True)
@@ -62,27 +107,6 @@ class Adapter:
         self._extra_heads: dict[str, TensorInfo] = {}
         self._sort_tensors({info.name: info for info in infos})
 
-    def _refuse_other_kinds(self) -> None:
-        kind = self.config.get("peft_type")
-        start = str(self.config.get("init_lora_weights", True)).lower()
-        if kind != "LORA" or self.config.get("use_dora"):
-            name = "DoRA" if kind == "LORA" else kind
-            raise CheckpointError(
-                f"{self.folder}: a {name} adapter; only LoRA is a sum with the base. "
-                "Merge it with PEFT (merge_and_unload) and give the full checkpoint."
-            )
-        used = [option for option in _MORE_THAN_A_PRODUCT if self.config.get(option)]
-        if used:
-            raise CheckpointError(
-                f"{self.folder}: uses {used[0]}, which is more than a product added to the base. "
-                "Merge it with PEFT (merge_and_unload) and give the full checkpoint."
-            )
-        if any(start.startswith(word) for word in _CHANGED_BASE):
-            raise CheckpointError(
-                f"{self.folder}: started by {start}, which changes the base; convert it with "
-                "PEFT's path_initial_model_for_weight_conversion first."
-            )
-
     def _sort_tensors(self, infos: dict[str, TensorInfo]) -> None:
         for name, info in infos.items():
             plain = name.removeprefix(_PREFIX)
@@ -98,7 +122,7 @@ class Adapter:
         if b is None or target is None:
             reason = "has no B factor" if b is None else "fits no tensor of the base"
             raise CheckpointError(f"{self.folder}: {module} {reason}; was it trained on this base?")
-        transposed = embedding or bool(self.config.get("fan_in_fan_out"))
+        transposed = embedding or self._stored_in_out(target, a, b)
         shape = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
         if shape != self.base.tensors[target].shape:
             raise CheckpointError(
@@ -106,6 +130,17 @@ class Adapter:
                 f"{list(self.base.tensors[target].shape)}; was it trained on this base?"
             )
         self._factors[target] = _Factors(a, b, self._scale(module, a.shape[0]), transposed)
+
+    def _stored_in_out(self, target: str, a: TensorInfo, b: TensorInfo) -> bool:
+        """Whether the base stores a weight as (in, out), as GPT-2 does, and not as (out, in).
+
+        A weight that is not square shows it. The adapter's own `fan_in_fan_out` is one word for all
+        its weights, and PEFT goes by each module's class and not by it: so it is the last resort.
+        """
+        if a.shape[1] != b.shape[0]:
+            return self.base.tensors[target].shape == (a.shape[1], b.shape[0])
+        default = bool(self.config.get("fan_in_fan_out"))
+        return _conv1d_modules(self.base).get(target.removesuffix(".weight"), default)
 
     def _add_whole(self, name: str, info: TensorInfo) -> None:
         """A tensor trained whole (`modules_to_save`, biases): it replaces the base's."""
@@ -167,6 +202,27 @@ class Adapter:
             name: read_elements(info, 0, info.count).reshape(info.shape)
             for name, info in self._extra_heads.items()
         }
+
+
+@functools.lru_cache(maxsize=1)  # all adapters of a pool ask it of the same base
+def _conv1d_modules(base: Checkpoint) -> dict[str, bool]:
+    """Module -> whether it is transformers' Conv1D, which stores its weight as (in, out).
+
+    The base is made without weights, of its configuration alone. Nothing is known of a base that
+    transformers has no class for, or cannot make here.
+    """
+    try:
+        kind = model_class(base.folder)
+        with torch.device("meta"):
+            model = kind(kind.config_class.from_pretrained(base.folder))
+    except Exception:  # whatever a model's own code raises, the merge itself needs no such model
+        return {}
+    from transformers.pytorch_utils import Conv1D
+
+    found = {name: isinstance(module, Conv1D) for name, module in model.named_modules()}
+    # Some checkpoints of models with a head name their tensors as the bare model does, as GPT-2's.
+    bare = f"{model.base_model_prefix}."
+    return {name.removeprefix(bare): is_one for name, is_one in found.items()} | found
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -28,8 +28,8 @@ from germane.core.checkpoint import (
 )
 from germane.core.errors import CheckpointError
 from germane.core.evidence import Finding
-from germane.tasks.merge._adapter import Adapter
-from germane.tasks.merge._stream import workers
+from germane.tasks.merge._adapter import Adapter, read_adapter
+from germane.tasks.merge._stream import Stream, workers
 from germane.tasks.merge._vocabulary import check_vocabulary
 
 _SAMPLE = 1 << 16  # elements of each model that the decoy check looks at, a part of every tensor
@@ -81,6 +81,20 @@ class Pool:
     kept: list[TensorInfo]
     findings: list[Finding] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+
+    def stream(self, tensors: Sequence[TensorInfo]) -> Stream:
+        """Blocks of the base and all members, each known by what its files hold."""
+        return Stream(self.base, self.members, tensors, [self._identity(each) for each in self.members])
+
+    def _identity(self, member: Member | Adapter) -> str:
+        """The digests of a member's files, which no other member changes as it may the label.
+
+        Before `check_weights` has read the files, the label.
+        """
+        if not self.digests:
+            return member.label
+        digests = [self.digests.get(str(file), "") for file in _files(member)]
+        return " ".join(digests) if all(digests) else member.label
 
     def member(self, label: str) -> Member | Adapter:
         """The member of that label."""
@@ -152,7 +166,7 @@ def open_pool(base_path: str, paths: Sequence[str], heads: Sequence[str] = ()) -
 
 
 def check_files(path: str) -> None:
-    """Raise `CheckpointError` unless a folder or hub id holds whole files of weights; fits are not looked at."""
+    """Raise `CheckpointError` unless a folder or hub id holds whole files, whatever they fit."""
     folder = locate(path)
     if (folder / ADAPTER_CONFIG).exists():
         read_adapter(folder)

@@ -91,7 +91,7 @@ def check_weights(owner: str, weights: list[float], models: int) -> None:
         raise SettingError(f"{owner}.weights: {len(weights)} given for a pool of {models}.")
 
 
-def uniform_numbers(seed: int, label: str, name: str, start: int, count: int) -> Tensor:
+def uniform_numbers(seed: int, identity: str, name: str, start: int, count: int) -> Tensor:
     """Random numbers in [0, 1) that belong to positions of a member's tensor.
 
     The same position of the same member always gets the same number, whatever else is in the pool
@@ -99,12 +99,12 @@ def uniform_numbers(seed: int, label: str, name: str, start: int, count: int) ->
 
     Args:
         seed: Seed of the run.
-        label: The member.
+        identity: Of the member, as in `Block`.
         name: The tensor.
         start: First position; a multiple of 8, since the generator steps by four 64-bit words.
         count: How many.
     """
-    key = int.from_bytes(blake2b(f"{seed}/{label}/{name}".encode(), digest_size=16).digest(), "little")
+    key = int.from_bytes(blake2b(f"{seed}/{identity}/{name}".encode(), digest_size=16).digest(), "little")
     bits = np.random.Philox(key=key)
     bits.advance(start // 8)
     return torch.from_numpy(np.random.Generator(bits).random(count, dtype=np.float32))

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from germane.core.checkpoint import Source, TensorInfo
 
+Item = TypeVar("Item")
 Value = TypeVar("Value")
 Place = tuple[TensorInfo, int, int]  # elements from start to stop of a tensor
 
 # Float32 elements a thread holds for all members of a block together: 4 MiB stay in the cache.
 _BUDGET = 1 << 20
 _CORES = os.cpu_count() or 1
+_KEPT = 31 << 20  # just under the largest size that glibc learns to keep
 # Random numbers are drawn by position; whole multiples keep every position's number the same.
 _ALIGNMENT = 1024
 
@@ -40,7 +42,8 @@ class Block:
         shape: Shape of the whole tensor.
         base: (n,) the base's elements.
         deltas: (models, n) each member's elements minus the base's: its task vector.
-        labels: The members' labels, in the order of the rows.
+        identities: What stays the same of each member whatever else is in the pool, in the order
+            of the rows: for random numbers that belong to a member.
     """
 
     name: str
@@ -48,7 +51,7 @@ class Block:
     shape: tuple[int, ...]
     base: Tensor
     deltas: Tensor
-    labels: tuple[str, ...]
+    identities: tuple[str, ...]
 
 
 class Stream:
@@ -58,13 +61,20 @@ class Stream:
         base: The model the others descend from.
         members: The models to merge.
         tensors: Which tensors flow, in which order.
+        identities: The members' in the blocks; default: their labels.
     """
 
-    def __init__(self, base: Source, members: Sequence[Source], tensors: Sequence[TensorInfo]) -> None:
+    def __init__(
+        self,
+        base: Source,
+        members: Sequence[Source],
+        tensors: Sequence[TensorInfo],
+        identities: Sequence[str] | None = None,
+    ) -> None:
         self.base = base
         self.members = list(members)
         self.tensors = list(tensors)
-        self.labels = tuple(member.label for member in members)
+        self.identities = tuple(identities or (member.label for member in members))
 
     @property
     def elements(self) -> int:
@@ -75,18 +85,15 @@ class Stream:
         self, function: Callable[[Block], Value], places: Iterable[Place] | None = None
     ) -> Iterator[Value]:
         """`function` of every block, or of these places, in order, computed by one thread a core."""
-        with _one_thread_per_operation():
-            waiting: deque[Future[Value]] = deque()
-            try:
-                for info, start, stop in self._places() if places is None else places:
-                    waiting.append(workers().submit(self._apply, function, info, start, stop))
-                    if len(waiting) > 2 * _CORES:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        chosen = self._places() if places is None else places
+        return each_on_a_core(lambda place: self._apply(function, *place), chosen)
+
+    def map_here(
+        self, function: Callable[[Block], Value], places: Iterable[Place] | None = None
+    ) -> Iterator[Value]:
+        """The same in the thread that asks: for work that has one thread a core already."""
+        for place in self._places() if places is None else places:
+            yield self._apply(function, *place)
 
     def fold(
         self, measure: Callable[[Block], Tensor], per_tensor: bool = False
@@ -121,12 +128,33 @@ class Stream:
         deltas = torch.empty(len(self.members), stop - start)
         for row, member in zip(deltas, self.members, strict=True):
             row.copy_(member.read(info.name, start, stop)).sub_(base)
-        return function(Block(info.name, start, info.shape, base, deltas, self.labels))
+        return function(Block(info.name, start, info.shape, base, deltas, self.identities))
+
+
+def each_on_a_core(function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
+    """`function` of every item, in order, computed by one thread a core, a few items ahead."""
+    with _one_thread_per_operation():
+        waiting: deque[Future[Value]] = deque()
+        try:
+            for item in items:
+                waiting.append(workers().submit(function, item))
+                if len(waiting) > 2 * _CORES:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 @functools.cache
 def workers() -> ThreadPoolExecutor:
-    """One thread a core, the same for the whole process: each new thread's heap would stay behind."""
+    """One thread a core, the same for the whole process: each new thread's heap would stay behind.
+
+    A large allocation freed once teaches glibc to keep blocks of up to that size in its heap, where
+    they are used again, instead of giving the pages back and faulting them in anew for every block.
+    """
+    torch.empty(_KEPT, dtype=torch.uint8)
     return ThreadPoolExecutor(_CORES)
 
 

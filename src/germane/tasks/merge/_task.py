@@ -26,7 +26,7 @@ from germane.core.checkpoint import (
     save_tensors,
 )
 from germane.core.errors import CheckpointError, RecordsError, SettingError
-from germane.core.evidence import Finding, Score, Share, Step
+from germane.core.evidence import Finding, Row, Scatter, Score, Share, Step, Table
 from germane.core.objective import Task
 from germane.core.progress import announce, bar
 from germane.core.records import Data, read_rows
@@ -74,7 +74,9 @@ class Merge(Job):
 
     def check(self, method: Method) -> None:
         """Everything that can be known from names, headers and records, before any work."""
-        self._check_records(method)
+        self._check_need(method)
+        for data in (*self.data, *self.evaluate):
+            read_rows(data)
         pool = open_pool(self.base, self.pool, self.heads)
         if isinstance(method, Rule):
             method.check_pool(len(pool.members))
@@ -85,7 +87,8 @@ class Merge(Job):
 
     def check_early(self, method: Method) -> None:
         """Records, the number of members, and the folders that are there already, each by itself."""
-        self._check_records(method)
+        self._check_need(method)
+        super().check_early(method)
         known = [path for path in self.pool if not is_reference(path)]
         folders = expand(known) if known else []
         for path in (*folders, *([] if is_reference(self.base) else [self.base])):
@@ -93,11 +96,9 @@ class Merge(Job):
         if isinstance(method, Rule):  # an earlier step's result is one member
             method.check_pool(len(folders) + len(self.pool) - len(known))
 
-    def _check_records(self, method: Method) -> None:
+    def _check_need(self, method: Method) -> None:
         if isinstance(method, LiveMethod) and not self.data:
             raise SettingError(f"{method.name}: needs data: --data NAME=FILE, once for each task.")
-        for data in (*self.data, *self.evaluate):
-            read_rows(data)
 
     def _check_labels(self, method: LiveMethod, pool: Pool) -> None:
         """Classifiers need a label in every record."""
@@ -130,6 +131,11 @@ class Merge(Job):
             with step.stage("evaluate"):
                 step.scores = self._evaluate(pool, folder)
                 step.findings += lost_scores(step.scores)
+
+    @classmethod
+    def summarise(cls, rows: Sequence[Row], references: Sequence[Row]) -> tuple[list[Table], list[Scatter]]:
+        """The normalised score of each row."""
+        return normalised(rows, references), []
 
     def _open(self, step: Step) -> Pool:
         pool = open_pool(self.base, self.pool, self.heads)
@@ -168,7 +174,7 @@ class Merge(Job):
 
     def _merge_stream(self, rule: Rule, pool: Pool, folder: Path, step: Step, seed: int) -> None:
         """Data-free: every block goes from the files through the rule to its place in the result."""
-        stream = Stream(pool.base, pool.members, pool.tensors)
+        stream = pool.stream(pool.tensors)
         with step.stage("survey"):
             survey = rule.survey(stream)
         writer = _begin(pool, folder)
@@ -346,3 +352,24 @@ def lost_scores(scores: Sequence[Score]) -> list[Finding]:
         return []
     code = "destroyed" if len(worse) == len(compared) else "worse-than-base"
     return [_effect(code, f"clearly worse than the base on {', '.join(worse)}.")]
+
+
+def normalised(rows: Sequence[Row], references: Sequence[Row]) -> list[Table]:
+    """Mean of score over the member's own score, in percent, where members have scores of their own."""
+    own = {score.task: score for row in references if row.label == "own" for score in row.scores}
+    lines: list[list[str | float | int | None]] = []
+    for row in rows:
+        if row.status != "done" or not row.scores:
+            continue
+        shares = [_share(score, own.get(score.task)) for score in row.scores]
+        known = [share for share in shares if share is not None]
+        if known:
+            lines.append([row.label, row.seed, round(sum(known) / len(known), 1)])
+    title = "Normalised score: mean over tasks of result / fine-tuned member, in percent"
+    return [Table(title=title, columns=["method", "seed", "normalised score"], rows=lines)] if lines else []
+
+
+def _share(score: Score, own: Score | None) -> float | None:
+    if own is None or not score.higher_is_better or own.value == 0:
+        return None
+    return 100 * score.value / own.value

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from germane.core.checkpoint import TensorInfo
-from germane.tasks.merge._stream import Block, Place, Stream
+from germane.tasks.merge._stream import Block, Place, Stream, each_on_a_core
 
 _GROUP = 4  # members whose magnitudes are looked at together
-_RUN = 1024  # elements of a sample that stand together in a tensor
-_SAMPLE = (1 << 16, 1 << 22)  # fewest and most elements sampled; between them, a 128th of all
-_MARGIN = 16.0  # half width of the first bracket, in standard errors of the sample's quantile
+_RUN = 4096  # elements of a sample that stand together in a tensor
+_SAMPLE = (1 << 15, 1 << 22)  # fewest and most elements sampled; between them, a 128th of all
+_MARGIN = 8.0  # half width of the first bracket, in standard errors of the sample's quantile
+
+Map = Callable[..., Iterator[Any]]
 
 
 def magnitude_thresholds(
@@ -43,24 +46,34 @@ def magnitude_thresholds(
     Returns:
         Tensor name (or "" for the whole model) -> thresholds (models, ranks), float32.
     """
-    parts = {info.name: [info] for info in stream.tensors} if per_tensor else {"": stream.tensors}
-    found: dict[str, list[list[float]]] = {name: [] for name in parts}
-    for start in range(0, len(stream.members), _GROUP):
-        members = stream.members[start : start + _GROUP]
-        for name, infos in parts.items():
-            found[name] += _thresholds(Stream(stream.base, members, infos), ranks_of)
-    return {name: torch.tensor(rows, dtype=torch.float32) for name, rows in found.items()}
+    groups = [
+        Stream(stream.base, stream.members[start : start + _GROUP], stream.tensors)
+        for start in range(0, len(stream.members), _GROUP)
+    ]
+    if not per_tensor:
+        return {
+            "": torch.tensor([row for group in groups for row in _thresholds(group, group.map, ranks_of)])
+        }
+
+    def of_tensor(info: TensorInfo) -> list[list[float]]:
+        parts = [Stream(group.base, group.members, [info]) for group in groups]
+        return [row for part in parts for row in _thresholds(part, part.map_here, ranks_of)]
+
+    # The largest first, so that no core is left waiting for one at the end.
+    largest = sorted(stream.tensors, key=lambda info: -info.count)
+    found = dict(zip((info.name for info in largest), each_on_a_core(of_tensor, largest), strict=True))
+    return {info.name: torch.tensor(found[info.name]) for info in stream.tensors}
 
 
-def _thresholds(stream: Stream, ranks_of: Callable[[int], list[int]]) -> list[list[float]]:
+def _thresholds(stream: Stream, apply: Map, ranks_of: Callable[[int], list[int]]) -> list[list[float]]:
     """Thresholds (models, ranks) over all tensors of the stream, as plain numbers."""
     count = stream.elements
     ranks = [min(max(rank, 0), count - 1) for rank in ranks_of(count)]
-    sample = torch.cat(list(stream.map(_magnitudes, list(_sample(stream.tensors, count)))), dim=1)
+    sample = np.concatenate(list(apply(_magnitudes, list(_sample(stream.tensors, count)))), axis=1)
     margin = _MARGIN
     while True:
-        brackets = [[_bracket(row, rank, count, margin) for rank in ranks] for row in sample]
-        _fill(stream, brackets)
+        brackets = [_brackets(row, ranks, count, margin) for row in sample]
+        _fill(apply, brackets)
         values = [[bracket.value() for bracket in row] for row in brackets]
         if None not in chain.from_iterable(values):
             return [[float(value) for value in row if value is not None] for row in values]
@@ -76,8 +89,9 @@ def _sample(tensors: Sequence[TensorInfo], count: int) -> Iterator[Place]:
             yield info, start, min(start + _RUN, info.count)
 
 
-def _magnitudes(block: Block) -> Tensor:
-    return block.deltas.abs_()
+def _magnitudes(block: Block) -> NDArray[np.float32]:
+    """(models, elements)."""
+    return block.deltas.abs_().numpy()
 
 
 @dataclass
@@ -127,40 +141,44 @@ class _Bracket:
         rank -= self.at_low
         count = len(self.between) // 4
         if rank < count:
-            values = torch.frombuffer(self.between, dtype=torch.float32)
-            return float(values.kthvalue(rank + 1).values)
+            return float(np.partition(np.frombuffer(self.between, np.float32), rank)[rank])
         return self.high if rank < count + self.at_high else None
 
 
-def _bracket(sample: Tensor, rank: int, count: int, margin: float) -> _Bracket:
-    """Where the sample puts the element of this rank among `count`, give or take `margin`."""
+def _brackets(sample: NDArray[np.float32], ranks: list[int], count: int, margin: float) -> list[_Bracket]:
+    """Where a member's sample puts the elements of these ranks among `count`, give or take `margin`."""
     size = len(sample)
     if size == count:
-        exact = float(sample.kthvalue(rank + 1).values)
-        return _Bracket(rank, exact, exact, below=rank, at_low=1)
-    share = (rank + 0.5) / count
-    reach = margin * math.sqrt(share * (1 - share) / size) * size + margin
-    first, last = math.floor(share * size - reach), math.ceil(share * size + reach)
-    low = float(sample.kthvalue(first + 1).values) if first >= 0 else -1.0
-    high = float(sample.kthvalue(last + 1).values) if last < size else math.inf
-    return _Bracket(rank, low, high)
+        values = np.partition(sample, ranks)[ranks].tolist()
+        return [_Bracket(r, v, v, below=r, at_low=1) for r, v in zip(ranks, values, strict=True)]
+    ends = []
+    for rank in ranks:
+        share = (rank + 0.5) / count
+        reach = margin * (math.sqrt(share * (1 - share) / size) * size + 1)
+        ends.append((math.floor(share * size - reach), math.ceil(share * size + reach)))
+    inside = sorted({end for pair in ends for end in pair if 0 <= end < size})
+    known = dict(zip(inside, np.partition(sample, inside)[inside].tolist(), strict=True)) if inside else {}
+    return [
+        _Bracket(rank, known.get(first, -1.0), known.get(last, math.inf))
+        for rank, (first, last) in zip(ranks, ends, strict=True)
+    ]
 
 
-def _fill(stream: Stream, brackets: list[list[_Bracket]]) -> None:
+def _fill(apply: Map, brackets: list[list[_Bracket]]) -> None:
     """One pass that counts every member's elements into its brackets, unless all is known."""
     if all(bracket.value() is not None for row in brackets for bracket in row):
         return
 
     def count(block: Block) -> list[list[_Bracket]]:
         found = []
-        for magnitudes, row in zip(block.deltas.abs_().numpy(), brackets, strict=True):
+        for magnitudes, row in zip(_magnitudes(block), brackets, strict=True):
             fresh = [_Bracket(bracket.rank, bracket.low, bracket.high) for bracket in row]
             for bracket in fresh:
                 bracket.add(magnitudes)
             found.append(fresh)
         return found
 
-    for found in stream.map(count):
+    for found in apply(count):
         for row, fresh in zip(brackets, found, strict=True):
             for bracket, part in zip(row, fresh, strict=True):
                 bracket.below += part.below

@@ -22,8 +22,9 @@ class Dare(Rule):
     Use it for members whose task vectors are small and redundant, such as supervised fine-tunes of
     language models. Not with large task vectors: the rescaling by 1 / (1 - drop) then destroys.
 
-    Which elements are dropped depends on the seed, the member's label, the tensor's name and the
-    position, and on nothing else: adding a member leaves the others' masks as they were.
+    Which elements are dropped depends on the seed, the digest of the member's files, the tensor's
+    name and the position, and on nothing else: adding a member leaves the others' masks as they were,
+    and so does renaming a folder.
     """
 
     drop: float = Field(default=0.7, ge=0, lt=1, description="share of each task vector dropped")
@@ -35,8 +36,8 @@ class Dare(Rule):
     def combine(self, block: Block, survey: Any, seed: int) -> Tensor:
         kept = torch.stack(
             [
-                uniform_numbers(seed, label, block.name, block.start, len(block.base)) >= self.drop
-                for label in block.labels
+                uniform_numbers(seed, identity, block.name, block.start, len(block.base)) >= self.drop
+                for identity in block.identities
             ]
         )
         deltas = block.deltas * kept / (1 - self.drop)

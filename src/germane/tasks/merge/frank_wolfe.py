@@ -162,7 +162,7 @@ class _Search:
         """Put the live model at the local merge of the whole pool, at that method's own scale."""
         rule = build(f"merge/{self.method.local}", self.method.local_settings, "local_settings")
         assert isinstance(rule, Rule)
-        stream = Stream(self.pool.base, self.pool.members, self.live.tensors)
+        stream = self.pool.stream(self.live.tensors)
         survey = rule.survey(stream)
         self.live.update(lambda block: rule.combine(block, survey, self.seed), stream)
 

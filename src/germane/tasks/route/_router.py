@@ -119,6 +119,27 @@ class Card(Settings):
         return parse_graph(self.graph, FILE_NAME)
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a method gets to train a router.
+
+    Attributes:
+        card: What the router will say of itself; its nodes are what the router must know.
+        graph: The pool it will route in.
+        examples: Labelled queries; none for methods that learn nothing.
+        folder: Where the method leaves what `open` needs; exists and holds nothing of it.
+        step: Takes what there is to say.
+        seed: Of everything random.
+    """
+
+    card: Card
+    graph: Graph
+    examples: Sequence[Example]
+    folder: Path
+    step: Step
+    seed: int
+
+
 class RouteMethod(Method):
     """Base of the ways to route: a method trains a router, and opens one it has trained."""
 
@@ -135,10 +156,8 @@ class RouteMethod(Method):
         """Raise a `GermaneError` for a model or library that is not there."""
 
     @abstractmethod
-    def train(
-        self, card: Card, graph: Graph, examples: Sequence[Example], folder: Path, step: Step, seed: int
-    ) -> Router:
-        """Make a router, and leave in `folder` what `open` needs."""
+    def train(self, training: Training) -> Router:
+        """Make a router, and leave in its folder what `open` needs."""
 
     @abstractmethod
     def open(self, card: Card, graph: Graph, folder: Path) -> Router:

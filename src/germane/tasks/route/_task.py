@@ -25,7 +25,7 @@ from germane.core.statistics import bootstrap_mean, wilson
 from germane.job import Job
 from germane.method import Method
 from germane.tasks.route._graph import Graph, read_graph
-from germane.tasks.route._router import Card, Decision, Example, RouteMethod, Router, save_card
+from germane.tasks.route._router import Card, Decision, Example, RouteMethod, Router, Training, save_card
 from germane.tasks.route.keyword import KeywordRouter, words
 
 
@@ -64,7 +64,7 @@ class Route(Job):
             examples = [example for part in named for example in part]
             step.inputs = self._digests()
         with step.stage("train"):
-            router = method.train(card, graph, examples, folder, step, seed)
+            router = method.train(Training(card, graph, examples, folder, step, seed))
             save_card(card, folder)
         step.facts["nodes"] = card.nodes
         step.facts["examples"] = {node: sum(e.node == node for e in examples) for node in card.nodes}

@@ -14,12 +14,11 @@ from torch.nn import functional
 from germane.core.checkpoint import save_tensors
 from germane.core.device import device
 from germane.core.errors import SettingError
-from germane.core.evidence import Step
 from germane.core.progress import track
 from germane.method import method
 from germane.tasks.route._graph import Graph
 from germane.tasks.route._models import MINILM, model_folder
-from germane.tasks.route._router import Card, Example, Guess, RouteMethod, Router
+from germane.tasks.route._router import Card, Guess, RouteMethod, Router, Training
 
 VECTORS = "vectors.safetensors"
 
@@ -50,24 +49,17 @@ class Embedding(RouteMethod):
     def prepare(self) -> None:
         model_folder(self.encoder)
 
-    def train(
-        self,
-        card: Card,
-        graph: Graph,
-        examples: Sequence[Example],
-        folder: Path,
-        step: Step,
-        seed: int,
-    ) -> Router:
+    def train(self, training: Training) -> Router:
+        card, examples = training.card, training.examples
         if self.compare_with == "queries" and not examples:
             raise SettingError(f"{self.name}: needs labelled queries; or set compare_with=descriptions.")
         encoder = Encoder(self.encoder, self.max_query_tokens)
-        vectors = encoder([graph.description(node) for node in card.nodes])
+        vectors = encoder([training.graph.description(node) for node in card.nodes])
         if self.compare_with == "queries":
             embedded = encoder([example.query for example in examples])
             vectors = centroids(embedded, [card.nodes.index(e.node) for e in examples], vectors)
-        save_tensors({"vectors": vectors.cpu()}, folder / VECTORS)
-        return EmbeddingRouter(card, graph, self, encoder, vectors)
+        save_tensors({"vectors": vectors.cpu()}, training.folder / VECTORS)
+        return EmbeddingRouter(card, training.graph, self, encoder, vectors)
 
     def open(self, card: Card, graph: Graph, folder: Path) -> Router:
         from safetensors.torch import load_file
@@ -119,7 +111,12 @@ class Encoder:
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
         batch = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self._max_tokens,
+            split_special_tokens=True,  # "[SEP]" in a query is text
+            return_tensors="pt",
         ).to(self.place)
         states = self._model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1)

@@ -15,18 +15,21 @@ from torch import Tensor
 
 from germane.core.chat import (
     encode_conversation,
+    encode_marked,
+    encode_text,
     load_language_model,
     load_tokenizer,
+    mark_special,
     pad_left,
     padding,
 )
 from germane.core.errors import MissingExtra, SettingError
-from germane.core.evidence import Plot, Series, Step
+from germane.core.evidence import Plot, Series
 from germane.core.progress import bar, track
 from germane.method import method
 from germane.tasks.route._graph import Graph
 from germane.tasks.route._models import SMOLLM2, model_folder
-from germane.tasks.route._router import Card, Example, Guess, RouteMethod, Router
+from germane.tasks.route._router import Card, Example, Guess, RouteMethod, Router, Training
 from germane.tasks.route._tokens import (
     IGNORED,
     Call,
@@ -107,15 +110,8 @@ class FunctionalToken(RouteMethod):
         model_folder(self.base)
         _require_peft()
 
-    def train(
-        self,
-        card: Card,
-        graph: Graph,
-        examples: Sequence[Example],
-        folder: Path,
-        step: Step,
-        seed: int,
-    ) -> Router:
+    def train(self, training: Training) -> Router:
+        card, examples, seed = training.card, training.examples, training.seed
         model, tokenizer = load_language_model(str(model_folder(self.base)), torch.float32)
         tokens = add_tokens(model, tokenizer, len(card.nodes), self.noise, seed)
         lesson = Lesson(self, model, tokenizer, tokens, card.nodes)
@@ -123,8 +119,8 @@ class FunctionalToken(RouteMethod):
             torch.manual_seed(seed)
             trained, losses = lesson.fit_rows(examples) if self.frozen else lesson.fit(examples, seed)
         trained.eval()
-        self._save(trained, tokenizer, folder)
-        step.plots.append(
+        self._save(trained, tokenizer, training.folder)
+        training.step.plots.append(
             Plot(
                 title="Cross-entropy of the calls while the router learns",
                 x="step",
@@ -132,8 +128,9 @@ class FunctionalToken(RouteMethod):
                 series=[Series(name="loss", steps=list(range(len(losses))), values=losses)],
             )
         )
-        step.facts["trained_parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        return FunctionalTokenRouter(card, graph, self, trained, tokenizer, tokens)
+        learned = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+        training.step.facts["trained_parameters"] = learned
+        return FunctionalTokenRouter(card, training.graph, self, trained, tokenizer, tokens)
 
     def _save(self, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         model.peft_config["default"].base_model_name_or_path = self.base
@@ -218,8 +215,11 @@ class Lesson:
     def _encode(self, example: Example) -> tuple[list[int], int]:
         """Tokens of prompt and call, and where the call begins."""
         prompt = encode_query(self.settings, self.tokenizer, example.query)
-        call = write_call(self.nodes.index(example.node), example.rewritten)
-        return prompt + self.tokenizer(call, add_special_tokens=False)["input_ids"], len(prompt)
+        argument = example.rewritten
+        if argument is not None:
+            argument = mark_special(self.tokenizer, disarm(argument))
+        call = write_call(self.nodes.index(example.node), argument)
+        return prompt + encode_marked(self.tokenizer, call), len(prompt)
 
     def _step(
         self, model: Any, optimiser: torch.optim.Optimizer, rows: Sequence[tuple[list[int], int]]
@@ -386,8 +386,8 @@ class FirstToken:
 
 def encode_query(settings: FunctionalToken, tokenizer: PreTrainedTokenizerBase, query: str) -> list[int]:
     """The tokens of the prompt: system line and query; what looks like a call in it is broken up."""
-    tokens = tokenizer(disarm(query), add_special_tokens=False)["input_ids"]
     text = disarm(query)
+    tokens = encode_text(tokenizer, text)
     if len(tokens) > settings.max_query_tokens:
         text = tokenizer.decode(tokens[: settings.max_query_tokens])
     messages = [{"role": "system", "content": settings.system}, {"role": "user", "content": text}]

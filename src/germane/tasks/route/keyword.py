@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from germane.core.evidence import Step
 from germane.method import method
 from germane.tasks.route._graph import Graph
-from germane.tasks.route._router import Card, Example, Guess, RouteMethod, Router
+from germane.tasks.route._router import Card, Guess, RouteMethod, Router, Training
 
 _WORD = re.compile(r"[^\W_]+")
 # English words that say nothing of a topic.
@@ -33,16 +32,8 @@ class Keyword(RouteMethod):
     Not when queries are put in other words than the descriptions.
     """
 
-    def train(
-        self,
-        card: Card,
-        graph: Graph,
-        examples: Sequence[Example],
-        folder: Path,
-        step: Step,
-        seed: int,
-    ) -> Router:
-        return self.open(card, graph, folder)
+    def train(self, training: Training) -> Router:
+        return self.open(training.card, training.graph, training.folder)
 
     def open(self, card: Card, graph: Graph, folder: Path) -> Router:
         return KeywordRouter(card, graph, self.threshold)
