@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from germane.recipe import Result, read_recipe, run
     from germane.tasks.route import ask
 
-__all__ = ["ask", "compare", "merge", "read_recipe", "route", "run"]
+__all__ = ["ask", "compare", "merge", "read_recipe", "route", "run", "unlearn"]
 
 _LAZY = {
     "ask": "germane.tasks.route",
@@ -105,3 +105,35 @@ def route(
         "master": master, "max_steps": max_steps,
     }  # fmt: skip
     return run_task("route", method, arguments, settings, out, seed=seed, overwrite=overwrite)
+
+
+def unlearn(
+    model: str,
+    forget: Any,
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    retain: Any = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Result:
+    """Make a model behave as if some records had never been trained on; see `germane explain unlearn`.
+
+    Args:
+        model: The model that knows the records: a folder or hub id.
+        forget: Records to forget: "path", "name=path", a mapping, or `Data`.
+        method: Name of the method, such as "gradient-ascent".
+        out: Folder of the result.
+        retain: Records to keep.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        settings: The method's settings.
+        **arguments: The task's further arguments: holdout, initial, retrained, budget, trials, suites,
+            data, evaluate.
+    """
+    from germane.recipe import run_task
+
+    given = {"model": str(model), "forget": forget, "retain": retain, **arguments}
+    return run_task("unlearn", method, given, settings or {}, out, seed=seed, overwrite=overwrite)

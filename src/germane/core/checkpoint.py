@@ -367,13 +367,15 @@ def require_space(folder: Path, size: int) -> None:
 
 
 def model_class(folder: Path) -> type[PreTrainedModel]:
-    """The transformers class that `config.json` names, for any architecture transformers knows."""
+    """The class that `config.json` names: any that transformers knows, or germane's own of rows."""
     import transformers
     from transformers.utils import logging
 
+    from germane.core import rows
+
     logging.disable_progress_bar()  # germane shows its own, and only to a terminal
     names = read_json(folder / "config.json").get("architectures") or []
-    kind = getattr(transformers, names[0], None) if names else None
+    kind = (getattr(transformers, names[0], None) or getattr(rows, names[0], None)) if names else None
     if kind is None:
         raise CheckpointError(
             f"{folder}: config.json names no class of transformers under `architectures` "

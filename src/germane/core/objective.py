@@ -1,12 +1,13 @@
 """What a model is asked on a set of records: its loss, its entropy, its score.
 
-One definition each, for classifiers and for language models, used by everything that trains,
-chooses or evaluates.
+One definition each, for language models and for classifiers of texts, images and rows of numbers, used
+by everything that trains, chooses or evaluates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from germane.core.errors import CheckpointError, RecordsError
+from germane.core.errors import CheckpointError, RecordsError, nearest
 from germane.core.evidence import Score
+from germane.core.models import is_language_model
 from germane.core.records import Data, Row
 from germane.core.statistics import bootstrap_mean, wilson
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 Loss = Literal["cross-entropy", "entropy"]
 Batch = dict[str, Tensor]
-_IGNORED = -100
+_IGNORED = -100  # the label of what is not to be predicted
 
 
 class Task:
@@ -33,12 +35,14 @@ class Task:
     Args:
         data: Name and fields of the records.
         rows: The records.
-        model: A sequence classifier (or regressor), or a causal language model.
-        tokenizer: The model's own.
+        model: A causal language model, or a classifier (or regressor) of texts, images or rows of
+            numbers.
+        processor: The model's tokenizer or image processor; None for rows of numbers.
+        split: Cut a text that is too long into several records; otherwise its end is left out.
 
     Raises:
         CheckpointError: Another kind of model.
-        RecordsError: A label the classifier does not know.
+        RecordsError: A label the classifier does not know, or a record it cannot read.
     """
 
     def __init__(
@@ -46,18 +50,42 @@ class Task:
         data: Data,
         rows: Sequence[Row],
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Any,
+        split: bool = False,
     ) -> None:
         self.data = data
         self.model = model
-        self.tokenizer = tokenizer
-        self.generative = bool(model.can_generate()) and not model.config.is_encoder_decoder
-        if not self.generative and "SequenceClassification" not in type(model).__name__:
-            raise CheckpointError(
-                f"{model.config.name_or_path}: a {type(model).__name__} cannot be scored on {data.name!r}: "
-                "germane reads records with sequence classifiers and causal language models."
-            )
-        self.rows = [self._encode(row, number) for number, row in enumerate(rows, 1)]
+        self.processor = processor
+        self.generative = is_language_model(model)
+        self.origin: list[int] = []  # of each encoded record, the number of its row
+        encode = self._encoder()
+        self.rows = []
+        for number, row in enumerate(rows, 1):
+            parts = [encode(row, number)]
+            if split and self.generative and data.prompt not in row:
+                parts = list(self._split_text(row, number))
+            self.rows += parts
+            self.origin += [number - 1] * len(parts)
+
+    def _encoder(self) -> Callable[[Row, int], Row]:
+        if self.generative:
+            return self._encode_language
+        kind = type(self.model).__name__
+        if "ImageClassification" in kind:
+            return self._encode_image
+        if kind == "RowClassifier":
+            return self._encode_numbers
+        if "SequenceClassification" in kind:
+            return self._encode_text
+        raise CheckpointError(
+            f"{self.model.config.name_or_path}: a {kind} cannot be scored on {self.data.name!r}: germane "
+            "reads records with causal language models and classifiers of texts, images and rows."
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor of a model that reads text."""
+        return self.processor
 
     @property
     def name(self) -> str:
@@ -69,16 +97,44 @@ class Task:
         """Whether every record says what is right."""
         return all("labels" in row for row in self.rows)
 
-    def _encode(self, row: Row, number: int) -> Row:
-        if self.generative:
-            return self._encode_language(row, number)
+    def _encode_text(self, row: Row, number: int) -> Row:
         pair = row[self.data.pair] if self.data.pair else None
         encoded = dict(
             self.tokenizer(row[self.data.text], pair, truncation=True, max_length=self._length())
         )
-        if row.get(self.data.label) not in (None, ""):
-            encoded["labels"] = self._class(row[self.data.label], number)
-        return encoded
+        return encoded | self._labels(row, number)
+
+    def _encode_image(self, row: Row, number: int) -> Row:
+        from germane.core.images import read_image
+
+        value = row.get(self.data.image)
+        if value is None:
+            raise RecordsError(
+                f"{self.data.path}, record {number}: has no image in field {self.data.image!r}"
+                f"{nearest(self.data.image, row)} Fields: {', '.join(row)}."
+            )
+        place = Path(self.data.path).expanduser().parent
+        image = read_image(value, place, f"{self.data.path}, record {number}")
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels} | self._labels(row, number)
+
+    def _encode_numbers(self, row: Row, number: int) -> Row:
+        try:
+            values = [float(row[name]) for name in self.model.config.features]
+        except KeyError as error:
+            raise RecordsError(
+                f"{self.data.path}, record {number}: has no field {error.args[0]!r}, which the model reads."
+            ) from None
+        except (TypeError, ValueError):
+            raise RecordsError(f"{self.data.path}, record {number}: a field is no number.") from None
+        if not np.isfinite(values).all():
+            raise RecordsError(f"{self.data.path}, record {number}: a field is NaN or infinite.")
+        return {"values": torch.tensor(values)} | self._labels(row, number)
+
+    def _labels(self, row: Row, number: int) -> Row:
+        if row.get(self.data.label) in (None, ""):
+            return {}
+        return {"labels": self._class(row[self.data.label], number)}
 
     def _length(self) -> int:
         limit = getattr(self.model.config, "max_position_embeddings", None) or self.data.max_tokens
@@ -99,7 +155,16 @@ class Task:
                 f"{self.data.path}, record {number}: nothing is left to predict in its first "
                 f"{self._length()} tokens; raise max_tokens, or leave the record out."
             )
-        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+        return _language_row(tokens, labels)
+
+    def _split_text(self, row: Row, number: int) -> Iterator[Row]:
+        """A text as pieces of at most `max_tokens`, each read on its own."""
+        self._encode_language(row, number)  # refuses what cannot be predicted at all
+        tokens = self.tokenizer(row[self.data.text])["input_ids"]
+        for start in range(0, len(tokens), self._length()):
+            piece = tokens[start : start + self._length()]
+            if len(piece) > 1:
+                yield _language_row(piece, piece)
 
     def _class(self, label: Any, number: int) -> int | float:
         config = self.model.config
@@ -129,28 +194,39 @@ class Task:
 
     def sorted_order(self) -> list[int]:
         """Record numbers by length, so that batches need little padding."""
-        return sorted(range(len(self.rows)), key=lambda index: len(self.rows[index]["input_ids"]))
+        return sorted(range(len(self.rows)), key=lambda index: len(self.rows[index].get("input_ids", ())))
 
     def _pad(self, rows: list[Row]) -> Batch:
-        width = max(len(row["input_ids"]) for row in rows)
-        fill = {"input_ids": self.tokenizer.pad_token_id or 0, "labels": _IGNORED}
+        width = max((len(row["input_ids"]) for row in rows if "input_ids" in row), default=0)
+        fill = {"labels": _IGNORED}
+        if width:
+            fill["input_ids"] = self.tokenizer.pad_token_id or 0
         batch = {}
         for name in [name for name in rows[0] if all(name in row for row in rows)]:
             values = [row[name] for row in rows]
+            if isinstance(values[0], Tensor):
+                batch[name] = torch.stack(values).to(self.model.device)
+                continue
             if isinstance(values[0], list):
                 values = [value + [fill.get(name, 0)] * (width - len(value)) for value in values]
             batch[name] = torch.tensor(values, device=self.model.device)
         return batch
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's logits: (records, classes), or (records, tokens, vocabulary)."""
+        return self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
 
     def losses(self, batch: Batch, loss: Loss) -> Tensor:
         """(records,) cross-entropy or entropy in nats; of language, the mean over target tokens."""
         labels = batch.get("labels")
         if loss == "cross-entropy" and labels is None:
             raise RecordsError(f"{self.data.path}: has no field {self.data.label!r}, so no loss.")
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = self.model(**inputs).logits
+        return self.losses_of(self.logits(batch), labels, loss)
+
+    def losses_of(self, logits: Tensor, labels: Tensor | None, loss: Loss) -> Tensor:
+        """The same from logits that are there already."""
         if self.generative:
-            return _language_losses(logits, batch["labels"], loss)
+            return _language_losses(logits, labels, loss)
         if self.model.config.num_labels == 1 and labels is not None:
             return functional.mse_loss(logits[:, 0], labels.float(), reduction="none")
         if loss == "entropy" or labels is None:
@@ -197,16 +273,40 @@ class Task:
         )  # fmt: skip
 
 
-def _language_losses(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+def _language_row(tokens: list[int], labels: list[int]) -> Row:
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """(records, tokens) what each position predicts: the label after it, or ignored at the end."""
+    return functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats at every position, 0 where nothing is predicted; and where something is.
+
+    Args:
+        logits: (records, tokens, vocabulary).
+        labels: (records, tokens), -100 where a token is not to be predicted.
+
+    Returns:
+        (records, tokens) losses, and (records, tokens) whether the position counts.
+    """
+    targets = next_tokens(labels)
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=_IGNORED
+    )
+    return losses.view_as(targets), targets != _IGNORED
+
+
+def _language_losses(logits: Tensor, labels: Tensor | None, loss: Loss) -> Tensor:
     """(records,) mean over the target tokens, each predicted from the tokens before it."""
-    logits, targets = logits[:, :-1], labels[:, 1:]
-    counted = targets != _IGNORED
+    assert labels is not None  # of language, every token is a label
     if loss == "entropy":
+        counted = next_tokens(labels) != _IGNORED
         values = entropy(logits)
     else:
-        values = functional.cross_entropy(
-            logits.transpose(1, 2), targets, reduction="none", ignore_index=_IGNORED
-        )
+        values, counted = token_losses(logits, labels)
     return (values * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 

@@ -19,9 +19,9 @@ Row = dict[str, Any]
 class Data(Settings):
     """A named set of records and what its fields mean.
 
-    Records with a prompt and an answer are for generation; records with a text and a label for
-    classification; a text alone is language to be predicted, or unlabelled text, as the model
-    that reads it has it.
+    Records with a prompt and an answer are for generation; records with a text, an image or numbers,
+    and a label, for classification; a text alone is language to be predicted, or unlabelled text, as
+    the model that reads it has it.
     """
 
     name: str = Field(description="what the records are called in tables")
@@ -34,6 +34,9 @@ class Data(Settings):
     label: str = Field(default="label", description="field with the class")
     prompt: str = Field(default="prompt", description="field with the prompt")
     answer: str = Field(default="answer", description="field with the answer to learn or score")
+    image: str = Field(
+        default="image", description="field with an image: a file beside the records, or numbers 0 to 255"
+    )
     split: str = Field(default="train", description="split of a hub data set")
     limit: int | None = Field(default=None, gt=0, description="use the first so many records")
     max_tokens: int = Field(default=128, gt=0, description="longer texts are cut here")
@@ -126,8 +129,10 @@ def _load_dataset(data: Data, *arguments: Any, **options: Any) -> Iterator[Row]:
 
 
 def _check_fields(data: Data, rows: list[Row]) -> None:
-    """Every record has a text, or a prompt and an answer."""
+    """Every record has a text, a prompt and an answer, an image, or numbers."""
     first = set(rows[0])
+    if data.image in first or _are_numbers(data, rows[0]):
+        return
     wanted = [data.prompt, data.answer] if data.prompt in first else [data.text]
     wanted += [data.pair] if data.pair else []
     for number, row in enumerate(rows, 1):
@@ -137,6 +142,15 @@ def _check_fields(data: Data, rows: list[Row]) -> None:
                     f"{data.path}, record {number}: has no text in field {name!r}"
                     f"{nearest(name, row)} Fields: {', '.join(row)}."
                 )
+
+
+def _are_numbers(data: Data, row: Row) -> bool:
+    """Whether a record is a row of a table: numbers, but for its label."""
+    values = [value for name, value in row.items() if name != data.label]
+    try:
+        return data.text not in row and len([float(value) for value in values]) > 0
+    except (TypeError, ValueError):
+        return False
 
 
 def write_jsonl(rows: list[Row], file: Path) -> None:
