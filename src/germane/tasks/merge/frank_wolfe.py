@@ -34,7 +34,9 @@ class FrankWolfe(LiveMethod):
     the steepest descent (the linear minimisation oracle), and steps towards it.
 
     Use it for pools of which you do not know what helps: about a hundred records for each wanted
-    task decide, and irrelevant members are simply never chosen.
+    task decide. With pools that may hold ruined or foreign checkpoints take variant=soft,
+    granularity=task, score=direction, constraint=free: of what was measured in CLAIMS.md they lose
+    least to irrelevant members, though not nothing; the hard form loses several points.
     Not without records, nor when one member alone already does the whole job.
 
     Where this follows the paper and not its code, and why:
