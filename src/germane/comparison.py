@@ -270,24 +270,26 @@ def _write(evidence: Evidence, folder: Path) -> None:
 
 
 def print_table(evidence: Evidence) -> None:
-    """The rows on stdout, best first."""
+    """The rows on stdout, best first: each task's score, or, of several metrics, the mean of each."""
     from rich.console import Console
     from rich.table import Table as Sheet
 
     scored = [row for row in evidence.rows if row.scores]
-    metric = scored[0].scores[0].metric if scored else "score"
+    metrics = list(dict.fromkeys(score.metric for row in scored for score in row.scores)) or ["score"]
     tasks = list(dict.fromkeys(score.task for row in scored for score in row.scores))
+    columns = [f"mean {metrics[0]}", *tasks] if len(metrics) == 1 else metrics
     sheet = Sheet(box=None, pad_edge=False)
-    for name in ("method", "seed", f"mean {metric}", *tasks, "seconds", ""):
+    for name in ("method", "seed", *columns, "seconds", ""):
         sheet.add_column(name, justify="left" if name in ("method", "") else "right", no_wrap=True)
-    for row in sorted(evidence.rows, key=lambda row: _order(row, metric)):
-        values = {score.task: f"{score.value:.3f}" for score in row.scores if score.metric == metric}
-        mean = row.mean(metric)
+    for row in sorted(evidence.rows, key=lambda row: _order(row, metrics[0])):
+        values: dict[str, float | None] = {metric: row.mean(metric) for metric in metrics}
+        if len(metrics) == 1:
+            values = {score.task: score.value for score in row.scores}
+            values[f"mean {metrics[0]}"] = row.mean(metrics[0])
         sheet.add_row(
             row.label,
             "" if row.seed is None else str(row.seed),
-            "" if mean is None else f"{mean:.3f}",
-            *(values.get(task, "") for task in tasks),
+            *("" if values.get(name) is None else f"{values[name]:.3f}" for name in columns),
             "" if row.seconds is None else f"{row.seconds:.1f}",
             row.error if row.status == "failed" else row.status,
         )

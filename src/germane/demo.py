@@ -402,10 +402,11 @@ def _our_clause(ours: Change | None, others: Sequence[Change]) -> str:
         return f"{_OURS} has no score on both pools"
     steadier = [change.method for change in others if change.points >= ours.points]
     higher = [change.method for change in others if round(change.after, 3) >= round(ours.after, 3)]
-    moved = f"fell by {-ours.points:.1f}" if ours.points < 0 else f"rose by {ours.points:.1f}"
+    way = "fell" if ours.points < 0 else "rose"
+    moved = f"{way} by {abs(ours.points):.1f} points" if abs(ours.points) >= 0.05 else "stayed"
     rank = f"no better than for {_listed(steadier)}" if steadier else "better than for any other"
     end = f"not above {_listed(higher)}" if higher else "the highest"
-    return f"for {_OURS} it {moved} points, {rank}, and ends at {ours.after:.3f}, {end}"
+    return f"for {_OURS} it {moved}, {rank}, and ends at {ours.after:.3f}, {end}"
 
 
 def _listed(words: Sequence[str]) -> str:

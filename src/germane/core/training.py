@@ -198,6 +198,6 @@ def finish(model: Any) -> Any:
     """The plain model with what was trained in its weights."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    if model.supports_gradient_checkpointing:
+    if any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         model.gradient_checkpointing_disable()
     return model.requires_grad_(True).eval()
