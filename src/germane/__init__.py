@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from germane.recipe import Result, read_recipe, run
     from germane.tasks.route import ask
 
-__all__ = ["ask", "compare", "merge", "read_recipe", "route", "run", "unlearn"]
+__all__ = ["ask", "compare", "evaluate", "merge", "read_recipe", "route", "run", "unlearn"]
 
 _LAZY = {
     "ask": "germane.tasks.route",
@@ -105,6 +105,37 @@ def route(
         "master": master, "max_steps": max_steps,
     }  # fmt: skip
     return run_task("route", method, arguments, settings, out, seed=seed, overwrite=overwrite)
+
+
+def evaluate(
+    model: str,
+    data: Sequence[Any],
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    base: str = "",
+    retrained: str = "",
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Measure a model with a suite; see `germane explain evaluate`.
+
+    Args:
+        model: A folder or hub id.
+        data: The suite's records by role, as "role=path", mappings, or `Data`.
+        method: Name of the suite, such as "muse".
+        out: Folder of the evidence and of every item.
+        base: A model to measure beside it.
+        retrained: A model trained without what was to be unlearned.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        **settings: The suite's settings.
+    """
+    from germane.recipe import run_task
+
+    arguments = {"model": str(model), "data": list(data), "base": base, "retrained": retrained}
+    return run_task("evaluate", method, arguments, settings, out, seed=seed, overwrite=overwrite)
 
 
 def unlearn(

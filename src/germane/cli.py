@@ -73,6 +73,7 @@ class Germane(click.Group):
 
 # One line each, so that `germane --help` need not import a task.
 _TASK_HELP = {
+    "evaluate": "Measure a model with a suite.",
     "merge": "Merge the relevant checkpoints of a pool into one.",
     "unlearn": "Make a model behave as if some records had never been trained on.",
     "route": "Send each query to the model of a pool that should answer it.",

@@ -9,19 +9,35 @@ from __future__ import annotations
 import gc
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from germane.core.errors import SettingError
+from germane.core.checkpoint import Checkpoint, locate
+from germane.core.errors import CheckpointError, SettingError
 from germane.core.evidence import Score, Step
 from germane.core.models import Loaded, load_model
 from germane.core.progress import announce
-from germane.core.records import Data, read_rows
+from germane.core.records import Data, Row, read_rows, write_jsonl
 from germane.core.settings import Settings
 from germane.method import Method, build
 
 Records = Mapping[str, Data]
+
+
+@dataclass
+class Measured:
+    """What a suite found of one model.
+
+    Attributes:
+        scores: The numbers.
+        items: One row an item, to be looked at: metric, prompt, answer, score.
+    """
+
+    scores: list[Score] = field(default_factory=list)
+    items: list[Row] = field(default_factory=list)
 
 
 class Suite(Method):
@@ -44,6 +60,15 @@ class Suite(Method):
             if role in records:
                 read_rows(records[role])
 
+    def check_model(self, path: str) -> None:
+        """Raise a `CheckpointError` unless it is a model of the kind the suite measures."""
+        kind = str(Checkpoint(locate(path)).config.get("architectures"))
+        language = "ForCausalLM" in kind or "LMHead" in kind
+        if "language model" in self.information.needs and not language:
+            raise CheckpointError(f"{self.name}: measures language models; {path} is {kind}.")
+        if "classifier" in self.information.needs and language:
+            raise CheckpointError(f"{self.name}: measures classifiers; {path} is {kind}.")
+
     def calibrate(self, retrained: Loaded | None, records: Records) -> Any:
         """What must be known of the retrained model before any score, if there is one."""
         return None
@@ -51,7 +76,7 @@ class Suite(Method):
     @abstractmethod
     def score(
         self, subject: str, loaded: Loaded, records: Records, calibration: Any, step: Step
-    ) -> list[Score]:
+    ) -> Measured:
         """Measure one model.
 
         Args:
@@ -59,7 +84,7 @@ class Suite(Method):
             loaded: The model; left as it is.
             records: Role -> records.
             calibration: What `calibrate` returned.
-            step: Items, tables and findings go here.
+            step: Tables, facts and findings go here.
         """
 
 
@@ -87,14 +112,43 @@ def measure_suites(
     records: Records,
     retrained: str,
     step: Step,
+    folder: Path,
 ) -> list[Score]:
-    """Scores of every suite for every subject, one model in memory at a time."""
+    """Scores of every suite for every subject; each suite's items go to a folder of its name."""
     scores: list[Score] = []
     for request in requests:
         suite = request.build()
-        announce(f"measuring with {suite.name}")
-        calibration = suite.calibrate(load_model(retrained) if retrained else None, records)
-        for subject, path in subjects.items():
-            scores += suite.score(subject, load_model(path), records, calibration, step)
-            gc.collect()
+        place = folder / "suites" / suite.name.rpartition("/")[2]
+        place.mkdir(parents=True)
+        scores += measure_suite(suite, subjects, records, retrained, step, place)
+    return scores
+
+
+def measure_suite(
+    suite: Suite,
+    subjects: Mapping[str, str],
+    records: Records,
+    retrained: str,
+    step: Step,
+    folder: Path | None = None,
+) -> list[Score]:
+    """Scores of one suite for every subject.
+
+    Args:
+        suite: The suite.
+        subjects: Subject -> model.
+        records: Role -> records.
+        retrained: A model trained without what is to be unlearned, or "".
+        step: Tables, facts and findings go here.
+        folder: Where every subject's items go, as `items-SUBJECT.jsonl`; None keeps none.
+    """
+    announce(f"measuring with {suite.name}")
+    calibration = suite.calibrate(load_model(retrained) if retrained else None, records)
+    scores: list[Score] = []
+    for subject, path in subjects.items():
+        measured = suite.score(subject, load_model(path), records, calibration, step)
+        scores += measured.scores
+        if folder is not None:
+            write_jsonl(measured.items, folder / f"items-{subject}.jsonl")
+        gc.collect()
     return scores
