@@ -17,9 +17,8 @@ def main() -> None:
     """Train both models and say what to do with them."""
     made = facts.make(HERE)
     print(f"made {HERE}; now:")
-    print(
-        f"  germane compare unlearn {made.model} --methods gradient-ascent,fine-tune --out runs/unlearn \\"
-    )
+    print(f"  germane compare unlearn {made.model} --out runs/unlearn \\")
+    print("    --methods npo,gradient-ascent,refusal,fine-tune \\")
     print(f"    --forget {made.files['forget']} --retain {made.files['retain']} \\")
     print(f"    --holdout {made.files['holdout']} --retrained {made.retrained}")
 

@@ -105,13 +105,13 @@ def _how_made(evidence: Evidence) -> str:
 
 def _score_table(scores: list[Score]) -> str:
     subjects = list(dict.fromkeys(score.subject for score in scores))
-    by_key = {(score.task, score.subject): score for score in scores}
+    by_key = {(score.task, score.metric, score.subject): score for score in scores}
     lines = [
         "| data | metric | n | " + " | ".join(subjects) + " |",
         "|---" * (3 + len(subjects)) + "|",
     ]
     for task, metric, n in dict.fromkeys((score.task, score.metric, score.n) for score in scores):
-        cells = [_cell(by_key.get((task, subject))) for subject in subjects]
+        cells = [_cell(by_key.get((task, metric, subject))) for subject in subjects]
         lines.append(f"| {task} | {metric} | {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\nWith 95 % intervals."
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from germane.core.errors import SettingError
-from germane.core.objective import Batch, Task, next_tokens
+from germane.core.objective import Batch, next_tokens
 from germane.tasks.unlearn._unlearner import FineTuned, Pair, Work, mean_loss
 
 
@@ -48,16 +48,17 @@ class Regularised(FineTuned):
         if self.regulariser == "gdr":
             return value + self.weight * mean_loss(work.kept(), pair.retain)
         if self.regulariser == "klr":
-            return value + self.weight * self._divergence(work.kept(), pair.retain)
+            return value + self.weight * self._divergence(work, pair.retain)
         return value
 
-    def _divergence(self, retain: Task, batch: Batch | None) -> Tensor:
+    def _divergence(self, work: Work, batch: Batch | None) -> Tensor:
         """Mean KL divergence of the model's predictions from the untouched model's."""
         assert batch is not None
+        retain = work.kept()
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with torch.no_grad():
             if self._reference is None:
-                with retain.model.disable_adapter():
+                with work.adapted.disable_adapter():
                     before = retain.model(**inputs).logits
             else:
                 before = self._reference(**inputs).logits

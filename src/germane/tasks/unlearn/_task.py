@@ -103,7 +103,9 @@ class Unlearn(Job):
                 f"{method.name}: needs the model before it saw the records: --initial MODEL."
             )
         for request in self.suites:
-            request.build().check_records(self.roles())
+            suite = request.build()
+            suite.check_records(self.roles())
+            suite.check_model(self.model)
         self._check_kind(method)
 
     def _check_kind(self, method: Method) -> None:
@@ -191,8 +193,9 @@ class _Run:
             self.scratch.mkdir()
         announce(f"{self.method.name}: unlearning {job.forget.path}")
         with step.stage("unlearn"):
-            if job.trials == 0 or not self.aside_rows:
-                if job.trials:
+            searched = bool(job.trials and self.method.strength)
+            if not searched or not self.aside_rows:
+                if searched:
                     step.findings.append(_no_yardstick())
                 work = self._work([*self.retain_rows, *self.aside_rows])
                 self.method.unlearn(work)
@@ -288,7 +291,12 @@ class _Run:
                 scores += self._scores(subject, load_model(path), reference)
                 gc.collect()
             scores += measure_suites(
-                self.job.suites, self._subjects(), self.job.roles(), self.job.retrained, self.step
+                self.job.suites,
+                self._subjects(),
+                self.job.roles(),
+                self.job.retrained,
+                self.step,
+                self.folder,
             )
             self.step.scores = scores
         self.step.findings += judge(scores)

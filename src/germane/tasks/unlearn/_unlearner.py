@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,9 +36,10 @@ class Work:
         initial: Folder of the model before it saw any of the records, or "".
         seed: Of everything random.
         step: What there is to say goes here.
-        scratch: An empty folder for what has to be put aside.
+        scratch: A folder for what has to be put aside; what one trial leaves there, the next finds.
         after_epoch: Looks at the model after each epoch; says whether to end.
         restore: Puts the best weights that `after_epoch` saw back.
+        adapted: While adapters are trained, PEFT's model around the model.
     """
 
     loaded: Loaded
@@ -51,7 +52,7 @@ class Work:
     scratch: Path
     after_epoch: Callable[[int], bool] = _go_on
     restore: Callable[[], None] = lambda: None
-    notes: dict[str, Any] = field(default_factory=dict)
+    adapted: Any = None
 
     @property
     def model(self) -> Any:
@@ -68,7 +69,8 @@ class Unlearner(Method):
     """A method of unlearning.
 
     Attributes:
-        strength: The setting that the search multiplies to make the method act more or less.
+        strength: The setting that the search multiplies to make the method act more or less; "" where
+            there is nothing to search, and the method is run once.
     """
 
     strength: ClassVar[str] = "learning_rate"
@@ -141,7 +143,7 @@ class FineTuned(Unlearner, Training):
     def unlearn(self, work: Work) -> None:
         torch.manual_seed(work.seed)
         self.begin(work)
-        model = prepare(work.model, self)
+        model = work.adapted = prepare(work.model, self)
         model.train()
         history = fit(
             model, self, lambda epoch: self.pairs(work, epoch), self.length(work),
