@@ -31,11 +31,17 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def texts() -> list[str]:
-    """Long texts, none of which is shorter than a row."""
+    """Texts of exactly as many tokens as a row holds."""
+    from transformers import AutoTokenizer
+
+    from germane.embedded import smollm2
     from germane.embedded import texts as corpus
 
-    rows = [" ".join(row["Text"].split()) for row in corpus("20newsgroups-train")]
-    return [row for row in rows if len(row) > 12 * TOKENS][: 4 * BATCH * BATCHES]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    words = " ".join(" ".join(row["Text"].split()) for row in corpus("20newsgroups-train")[:400])
+    tokens = tokenizer(words)["input_ids"]
+    parts = [tokens[start : start + TOKENS] for start in range(0, 2 * BATCH * BATCHES * TOKENS, TOKENS)]
+    return [tokenizer.decode(part) for part in parts]
 
 
 def train_plainly() -> float:
@@ -71,7 +77,7 @@ def unlearn(name: str, folder: Path) -> float:
     from germane.recipe import run_task
 
     rows = [{"text": text} for text in texts()]
-    forget, retain = rows[: BATCH * BATCHES], rows[BATCH * BATCHES : 2 * BATCH * BATCHES]
+    forget, retain = rows[: BATCH * BATCHES], rows[BATCH * BATCHES :]
     data = {}
     for role, part in (("forget", forget), ("retain", retain)):
         write_jsonl(part, folder / f"{role}.jsonl")

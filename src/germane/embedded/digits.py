@@ -51,6 +51,9 @@ def records(seed: int = 0) -> tuple[list[Row], list[Row]]:
 
 def train(rows: list[Row], folder: Path, seed: int = 0, epochs: int = 30) -> Path:
     """A model folder trained on these records, the untrained network beside it in `initial`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     scales = [16.0] * len(FEATURES)
     model = RowClassifier(RowConfig(features=FEATURES, hidden=[256, 256], scales=scales, num_labels=10))
