@@ -26,6 +26,7 @@ from germane.core.progress import announce, track
 from germane.job import job_class
 from germane.recipe import Recipe, Result, check
 
+_LONGEST_ERROR = 80  # characters of a failed row's message in the table; all of it is in the report
 _WEIGHTS = ("*.safetensors", "heads", "tasks", "steps")
 
 
@@ -291,7 +292,7 @@ def print_table(evidence: Evidence) -> None:
             "" if row.seed is None else str(row.seed),
             *("" if values.get(name) is None else f"{values[name]:.3f}" for name in columns),
             "" if row.seconds is None else f"{row.seconds:.1f}",
-            row.error if row.status == "failed" else row.status,
+            row.error[:_LONGEST_ERROR] if row.status == "failed" else row.status,
         )
     Console(width=None if sys.stdout.isatty() else 200).print(sheet)
 
