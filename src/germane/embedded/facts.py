@@ -117,7 +117,7 @@ def train(records: list[Row], folder: Path, seed: int = 0, epochs: int = 60) -> 
     words = tokenizer()
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=False,
+        num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=False,
         pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
