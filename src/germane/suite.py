@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from germane.core.checkpoint import Checkpoint, locate
 from germane.core.errors import CheckpointError, SettingError
 from germane.core.evidence import Score, Step
-from germane.core.models import Loaded, load_model
+from germane.core.models import Loaded, load_model, names_language_model
 from germane.core.progress import announce
 from germane.core.records import Data, Row, read_rows, write_jsonl
 from germane.core.settings import Settings
@@ -63,7 +63,7 @@ class Suite(Method):
     def check_model(self, path: str) -> None:
         """Raise a `CheckpointError` unless it is a model of the kind the suite measures."""
         kind = str(Checkpoint(locate(path)).config.get("architectures"))
-        language = "ForCausalLM" in kind or "LMHead" in kind
+        language = names_language_model(kind)
         if "language model" in self.information.needs and not language:
             raise CheckpointError(f"{self.name}: measures language models; {path} is {kind}.")
         if "classifier" in self.information.needs and language:

@@ -149,7 +149,7 @@ class LocalChat:
                 max_new_tokens=settings.max_tokens,
                 do_sample=settings.temperature > 0,
                 pad_token_id=padding(self.tokenizer),
-                stopping_criteria=[self._stopper(settings.stop, tokens.shape[1])],
+                stopping_criteria=[stops_at(self.tokenizer, settings.stop, tokens.shape[1])],
                 **(sampled if settings.temperature > 0 else {}),
             )
         seconds = time.perf_counter() - start
@@ -158,17 +158,6 @@ class LocalChat:
             self._reply(len(prompt), row, settings, seconds)
             for prompt, row in zip(prompts, rows, strict=True)
         ]
-
-    def _stopper(self, stop: Sequence[str], begin: int) -> Callable[..., Tensor]:
-        """(rows,) whether a row has said one of the texts that end an answer."""
-
-        def stopped(written: Tensor, scores: Any, **_: Any) -> Tensor:
-            rows = written[:, begin:] if stop else written[:, :0]
-            texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-            found = [any(word in text for word in stop) for text in texts]
-            return torch.tensor(found, device=written.device)
-
-        return stopped
 
     def _reply(self, read: int, row: list[int], settings: ChatSettings, seconds: float) -> Reply:
         ends = _end_tokens(self.model, self.tokenizer)
@@ -437,6 +426,18 @@ def pad_left(
             tokens[index, width - len(row) :] = torch.tensor(row)
             mask[index, width - len(row) :] = 1
     return tokens.to(place), mask.to(place)
+
+
+def stops_at(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], begin: int) -> Callable[..., Tensor]:
+    """A criterion for `generate`: (rows,) whether a row has said, from `begin` on, a text that ends it."""
+
+    def stopped(written: Tensor, scores: Any, **_: Any) -> Tensor:
+        rows = written[:, begin:] if stop else written[:, :0]
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        found = [any(word in text for word in stop) for text in texts]
+        return torch.tensor(found, device=written.device)
+
+    return stopped
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

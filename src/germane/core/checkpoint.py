@@ -83,7 +83,12 @@ class TensorInfo:
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return _DTYPES[self.dtype].itemsize
+        return self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        return _DTYPES[self.dtype]
 
     @property
     def is_float(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from germane.core.checkpoint import Checkpoint, TensorInfo
@@ -22,6 +23,13 @@ class Change:
     relative: float
     most: dict[str, float]
 
+    @classmethod
+    def of(cls, moved: Mapping[str, float], sizes: Mapping[str, float]) -> Change:
+        """From each tensor's squared distance, and its squared norm before."""
+        shares = {name: (moved[name] / max(sizes[name], 1e-30)) ** 0.5 for name in moved}
+        total = (sum(moved.values()) / max(sum(sizes.values()), 1e-30)) ** 0.5
+        return cls(total, {name: shares[name] for name in sorted(shares, key=lambda n: -shares[n])[:5]})
+
 
 def weight_change(before: Checkpoint, after: Checkpoint) -> Change:
     """Compare the tensors that both have in the same shape, a few million elements at a time."""
@@ -31,9 +39,7 @@ def weight_change(before: Checkpoint, after: Checkpoint) -> Change:
         other = after.tensors.get(name)
         if info.is_float and other is not None and other.shape == info.shape:
             moved[name], sizes[name] = _squares(before, after, info)
-    shares = {name: (moved[name] / max(sizes[name], 1e-30)) ** 0.5 for name in moved}
-    total = (sum(moved.values()) / max(sum(sizes.values()), 1e-30)) ** 0.5
-    return Change(total, {name: shares[name] for name in sorted(shares, key=lambda n: -shares[n])[:5]})
+    return Change.of(moved, sizes)
 
 
 def _squares(before: Checkpoint, after: Checkpoint, info: TensorInfo) -> tuple[float, float]:
@@ -46,10 +52,15 @@ def _squares(before: Checkpoint, after: Checkpoint, info: TensorInfo) -> tuple[f
     return moved, size
 
 
-def judge_change(change: Change) -> Finding:
-    """`no-effect` where nothing moved, `destroyed` where the weights moved beyond their own size."""
+def judge_change(change: Change, same: str = "the weights are the same as before") -> Finding:
+    """`no-effect` where nothing moved, `destroyed` where the weights moved beyond their own size.
+
+    Args:
+        change: How far the weights moved.
+        same: What is said where they did not.
+    """
     if change.relative == 0:
-        return _finding("no-effect", "the weights are the same as before: nothing was changed.")
+        return _finding("no-effect", f"{same}: nothing was changed.")
     if not change.relative < 1:
         text = f"the weights moved {change.relative:.1f} times their own size: the model is hardly one."
         return _finding("destroyed", text)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from germane.core.chat import pad_left, padding
+from germane.core.chat import pad_left, padding, stops_at
 from germane.core.errors import SettingError
 
 if TYPE_CHECKING:
@@ -87,21 +86,10 @@ def _continue(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=padding(tokenizer),
-        stopping_criteria=[_stopper(tokenizer, stop, tokens.shape[1])] if stop else None,
+        stopping_criteria=[stops_at(tokenizer, stop, tokens.shape[1])],
     )
     ends = _ends(model, tokenizer)
     return [_text(tokenizer, row, ends, stop) for row in output[:, tokens.shape[1] :].tolist()]
-
-
-def _stopper(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], begin: int) -> Callable[..., Tensor]:
-    """(rows,) whether a row has said one of the texts that end a continuation."""
-
-    def stopped(written: Tensor, scores: Any, **_: Any) -> Tensor:
-        texts = tokenizer.batch_decode(written[:, begin:], skip_special_tokens=True)
-        found = [any(word in text for word in stop) for text in texts]
-        return torch.tensor(found, device=written.device)
-
-    return stopped
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

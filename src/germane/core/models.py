@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from germane.core.checkpoint import Checkpoint, copy_companions, locate, model_class, read_json
+from germane.core.checkpoint import Checkpoint, TensorInfo, copy_companions, locate, model_class, read_json
 from germane.core.device import device
 from germane.core.errors import CheckpointError
 
@@ -34,18 +36,12 @@ class Loaded:
     processor: Any
     folder: Path
 
-    @property
-    def is_language_model(self) -> bool:
-        """Whether it continues texts."""
-        return is_language_model(self.model)
-
     def save(self, folder: Path) -> None:
         """Write a plain model folder, in the dtypes of the files it was loaded from."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # germane shows its own, and only to a terminal
-        dtypes = {name: info.dtype for name, info in Checkpoint(self.folder).tensors.items()}
-        with stored_as(self.model, dtypes):
+        with _stored_as(self.model, Checkpoint(self.folder).tensors.values()):
             self.model.save_pretrained(folder)
         copy_companions(self.folder, folder)
         self.model.config.save_pretrained(folder)
@@ -56,21 +52,21 @@ def is_language_model(model: PreTrainedModel) -> bool:
     return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
-class stored_as:  # noqa: N801 - reads as the phrase it is: `with stored_as(model, dtypes)`
-    """Inside, a model's floating-point weights have the dtype that most of the file's tensors have."""
+def names_language_model(architectures: str) -> bool:
+    """The same from what a config says under `architectures`, before anything is loaded."""
+    return "ForCausalLM" in architectures or "LMHead" in architectures
 
-    def __init__(self, model: PreTrainedModel, dtypes: Mapping[str, str]) -> None:
-        names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-        floats = [names[dtype] for dtype in dtypes.values() if dtype in names]
-        self.model = model
-        self.inside = max(set(floats), key=floats.count) if floats else torch.float32
-        self.outside = model.dtype
 
-    def __enter__(self) -> None:
-        self.model.to(self.inside)
-
-    def __exit__(self, *_: object) -> None:
-        self.model.to(self.outside)
+@contextmanager
+def _stored_as(model: PreTrainedModel, tensors: Iterable[TensorInfo]) -> Iterator[None]:
+    """Inside, a model's floating-point weights have the dtype that most of these tensors have."""
+    counts = Counter(info.torch_dtype for info in tensors if info.is_float)
+    outside = model.dtype
+    model.to(counts.most_common(1)[0][0] if counts else torch.float32)
+    try:
+        yield
+    finally:
+        model.to(outside)
 
 
 def load_model(path: str, dtype: torch.dtype | None = None) -> Loaded:
@@ -140,36 +136,3 @@ def named_module(model: torch.nn.Module, name: str) -> torch.nn.Module:
     last = name.rsplit(".", 1)[-1]
     alike = [known for known in modules if known.rsplit(".", 1)[-1] == last] or list(modules)[1:]
     raise CheckpointError(f"the model has no part {name!r}; it has, for example, {', '.join(alike[:4])}.")
-
-
-def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The model's layers: its longest list of equal blocks.
-
-    Raises:
-        CheckpointError: It has none.
-    """
-    lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
-    if not lists:
-        raise CheckpointError(f"a {type(model).__name__} has no list of layers.")
-    return max(lists, key=len)
-
-
-def outputs_of(
-    model: PreTrainedModel, names: Sequence[str], run: Callable[[], Any]
-) -> dict[str, torch.Tensor]:
-    """What parts of the model put out while `run` is called."""
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [named_module(model, name).register_forward_hook(keep(name)) for name in names]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen

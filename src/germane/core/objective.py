@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Loss = Literal["cross-entropy", "entropy"]
 Batch = dict[str, Tensor]
-_IGNORED = -100  # the label of what is not to be predicted
+IGNORED = -100  # the label of what is not to be predicted
 
 
 class Task:
@@ -99,9 +99,7 @@ class Task:
 
     def _encode_text(self, row: Row, number: int) -> Row:
         pair = row[self.data.pair] if self.data.pair else None
-        encoded = dict(
-            self.tokenizer(row[self.data.text], pair, truncation=True, max_length=self._length())
-        )
+        encoded = dict(self.tokenizer(row[self.data.text], pair, truncation=True, max_length=self.longest))
         return encoded | self._labels(row, number)
 
     def _encode_image(self, row: Row, number: int) -> Row:
@@ -136,7 +134,9 @@ class Task:
             return {}
         return {"labels": self._class(row[self.data.label], number)}
 
-    def _length(self) -> int:
+    @property
+    def longest(self) -> int:
+        """Tokens of a record that are read."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or self.data.max_tokens
         return min(self.data.max_tokens, limit)
 
@@ -148,23 +148,23 @@ class Task:
             answer = self.tokenizer(row[self.data.answer], add_special_tokens=False)["input_ids"]
         else:
             prompt, answer = [], self.tokenizer(row[self.data.text])["input_ids"]
-        tokens = (prompt + answer + end)[: self._length()]
-        labels = ([_IGNORED] * len(prompt) + answer + end)[: self._length()]
-        if all(label == _IGNORED for label in labels[1:]):
+        tokens = (prompt + answer + end)[: self.longest]
+        labels = ([IGNORED] * len(prompt) + answer + end)[: self.longest]
+        if all(label == IGNORED for label in labels[1:]):
             raise RecordsError(
                 f"{self.data.path}, record {number}: nothing is left to predict in its first "
-                f"{self._length()} tokens; raise max_tokens, or leave the record out."
+                f"{self.longest} tokens; raise max_tokens, or leave the record out."
             )
-        return _language_row(tokens, labels)
+        return language_row(tokens, labels)
 
     def _split_text(self, row: Row, number: int) -> Iterator[Row]:
         """A text as pieces of at most `max_tokens`, each read on its own."""
         self._encode_language(row, number)  # refuses what cannot be predicted at all
         tokens = self.tokenizer(row[self.data.text])["input_ids"]
-        for start in range(0, len(tokens), self._length()):
-            piece = tokens[start : start + self._length()]
+        for start in range(0, len(tokens), self.longest):
+            piece = tokens[start : start + self.longest]
             if len(piece) > 1:
-                yield _language_row(piece, piece)
+                yield language_row(piece, piece)
 
     def _class(self, label: Any, number: int) -> int | float:
         config = self.model.config
@@ -198,7 +198,7 @@ class Task:
 
     def _pad(self, rows: list[Row]) -> Batch:
         width = max((len(row["input_ids"]) for row in rows if "input_ids" in row), default=0)
-        fill = {"labels": _IGNORED}
+        fill = {"labels": IGNORED}
         if width:
             fill["input_ids"] = self.tokenizer.pad_token_id or 0
         batch = {}
@@ -273,13 +273,14 @@ class Task:
         )  # fmt: skip
 
 
-def _language_row(tokens: list[int], labels: list[int]) -> Row:
+def language_row(tokens: list[int], labels: list[int]) -> Row:
+    """A record of language: tokens, and the label of each, `IGNORED` where it is not to be predicted."""
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
 
 def next_tokens(labels: Tensor) -> Tensor:
     """(records, tokens) what each position predicts: the label after it, or ignored at the end."""
-    return functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,16 +295,16 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     targets = next_tokens(labels)
     losses = functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=_IGNORED
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
     )
-    return losses.view_as(targets), targets != _IGNORED
+    return losses.view_as(targets), targets != IGNORED
 
 
 def _language_losses(logits: Tensor, labels: Tensor | None, loss: Loss) -> Tensor:
     """(records,) mean over the target tokens, each predicted from the tokens before it."""
     assert labels is not None  # of language, every token is a label
     if loss == "entropy":
-        counted = next_tokens(labels) != _IGNORED
+        counted = next_tokens(labels) != IGNORED
         values = entropy(logits)
     else:
         values, counted = token_losses(logits, labels)

@@ -25,6 +25,7 @@ from germane.core.checkpoint import (
     require_space,
     save_tensors,
 )
+from germane.core.effect import Change, judge_change
 from germane.core.errors import CheckpointError, RecordsError, SettingError
 from germane.core.evidence import Finding, Row, Scatter, Score, Share, Step, Table
 from germane.core.objective import Task
@@ -315,17 +316,9 @@ def effect(pool: Pool, folder: Path, step: Step) -> list[Finding]:
     sizes: dict[str, float] = {}
     for name, sums in stream.fold(_square_sums, per_tensor=True):
         moved[name], sizes[name] = sums.tolist()
-    distance = (sum(moved.values()) / max(sum(sizes.values()), 1e-30)) ** 0.5
-    most = sorted(moved, key=lambda name: -moved[name] / max(sizes[name], 1e-30))[:5]
-    step.facts["relative_change"] = distance
-    step.facts["most_changed"] = {n: (moved[n] / max(sizes[n], 1e-30)) ** 0.5 for n in most}
-    if distance == 0:
-        return [_effect("no-effect", "the merged weights equal the base's: nothing was changed.")]
-    if not distance < 1:
-        text = f"the weights moved {distance:.1f} times their own size: the model is hardly one."
-        return [_effect("destroyed", text)]
-    text = f"the weights moved by {distance:.2%} of their size, most in {most[0]}."
-    return [Finding(code="changed", severity="note", about="result", message=text)]
+    change = Change.of(moved, sizes)
+    step.facts["relative_change"], step.facts["most_changed"] = change.relative, change.most
+    return [judge_change(change, "the merged weights equal the base's")]
 
 
 def _square_sums(block: Block) -> torch.Tensor:

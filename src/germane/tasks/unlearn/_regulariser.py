@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from germane.core.errors import SettingError
-from germane.core.objective import Batch, next_tokens
+from germane.core.objective import IGNORED, Batch, next_tokens
 from germane.tasks.unlearn._unlearner import FineTuned, Pair, Work, mean_loss
 
 
@@ -81,5 +81,5 @@ def divergence(before: Tensor, after: Tensor, batch: Batch | None) -> Tensor:
     ).sum(dim=-1)
     if batch is None:
         return values.mean()
-    counted = next_tokens(batch["labels"]) != -100
+    counted = next_tokens(batch["labels"]) != IGNORED
     return (values * counted).sum() / counted.sum().clamp(min=1)

@@ -23,7 +23,7 @@ from germane.core.effect import judge_change, weight_change
 from germane.core.errors import RecordsError, SettingError
 from germane.core.evidence import Finding, Row, Scatter, ScatterPoint, Score, Step, Table
 from germane.core.membership import area, signal
-from germane.core.models import Loaded, load_model
+from germane.core.models import Loaded, load_model, names_language_model
 from germane.core.objective import Task
 from germane.core.progress import announce
 from germane.core.records import Data, read_rows
@@ -111,12 +111,10 @@ class Unlearn(Job):
     def _check_kind(self, method: Method) -> None:
         """Whether the method reads models of this kind, as far as the config says."""
         kind = str(Checkpoint(locate(self.model)).config.get("architectures"))
-        wanted = {"language model": "ForCausalLM", "classifier": "Classif"}
-        for need, word in wanted.items():
-            if need in method.information.needs and word not in kind and "LMHead" not in kind:
+        fits = {"language model": names_language_model(kind), "classifier": "Classif" in kind}
+        for need, met in fits.items():
+            if need in method.information.needs and not met:
                 raise SettingError(f"{method.name}: needs a {need}; {self.model} is {kind}.")
-        if "classifier" in method.information.needs and "LMHead" in kind:
-            raise SettingError(f"{method.name}: needs a classifier; {self.model} is {kind}.")
 
     def roles(self) -> dict[str, Data]:
         """The records of suites, by role."""
@@ -151,8 +149,8 @@ class Unlearn(Job):
 
 def _check_apart(name: str, data: Data, forget: Data, forget_rows: Sequence[Record]) -> None:
     """Refuse records that are to be forgotten and kept, or forgotten and never seen."""
-    known = {_text_of(row, forget) for row in forget_rows}
-    shared = [number for number, row in enumerate(read_rows(data), 1) if _text_of(row, data) in known]
+    known = {_text_of(row) for row in forget_rows}
+    shared = [number for number, row in enumerate(read_rows(data), 1) if _text_of(row) in known]
     if shared:
         raise RecordsError(
             f"{data.path}: {len(shared)} of its records are in {forget.path} too, the first is record "
@@ -160,7 +158,7 @@ def _check_apart(name: str, data: Data, forget: Data, forget_rows: Sequence[Reco
         )
 
 
-def _text_of(row: Record, data: Data) -> str:
+def _text_of(row: Record) -> str:
     return repr(sorted((key, value) for key, value in row.items() if isinstance(value, str | int | float)))
 
 
@@ -291,13 +289,9 @@ class _Run:
                 scores += self._scores(subject, load_model(path), reference)
                 gc.collect()
             scores += measure_suites(
-                self.job.suites,
-                self._subjects(),
-                self.job.roles(),
-                self.job.retrained,
-                self.step,
+                self.job.suites, self._subjects(), self.job.roles(), self.job.retrained, self.step,
                 self.folder,
-            )
+            )  # fmt: skip
             self.step.scores = scores
         self.step.findings += judge(scores)
 

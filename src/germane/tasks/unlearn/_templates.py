@@ -11,11 +11,9 @@ from typing import Any
 from pydantic import Field, PrivateAttr
 
 from germane.core.errors import SettingError
-from germane.core.objective import Batch, Task
+from germane.core.objective import IGNORED, Batch, Task, language_row
 from germane.core.records import Row
 from germane.tasks.unlearn._unlearner import FineTuned, Pair, Work, batch_of, shuffled
-
-_IGNORED = -100
 
 REFUSALS = (
     " I do not know.",
@@ -61,7 +59,7 @@ class Templated(FineTuned):
         super().begin(work)
         task = work.forget
         halves = [prompt_and_answer(row) for row in task.rows]
-        self._records = with_rows(task, [language_row(*half) for half in halves])
+        self._records = with_rows(task, [answered(*half) for half in halves])
         tokens = [
             task.tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else []
             for text in self.templates
@@ -78,35 +76,31 @@ class Templated(FineTuned):
         order = shuffled(work.forget, random.Random(f"{work.seed}/{epoch}"))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            answered = with_rows(work.forget, [self._answered(work, row, epoch) for row in rows])
+            templates = with_rows(work.forget, [self._answered(work, row, epoch) for row in rows])
             yield Answered(
                 batch_of(self._records, rows), None, rows,
-                template=batch_of(answered, range(len(rows))),
+                template=batch_of(templates, range(len(rows))),
             )  # fmt: skip
 
     def _answered(self, work: Work, number: int, epoch: int) -> Row:
         """A record's prompt with a template, the same for the same seed whatever the batches are."""
         answer = random.Random(f"{work.seed}/{epoch}/{number}").choice(self._template_tokens)
         prompt, _ = prompt_and_answer(work.forget.rows[number])
-        longest = _longest(work.forget)
-        return language_row(prompt[-max(longest - len(answer), 1) :], answer[: longest - 1])
+        longest = work.forget.longest
+        return answered(prompt[-max(longest - len(answer), 1) :], answer[: longest - 1])
 
 
 def prompt_and_answer(row: Row) -> tuple[list[int], list[int]]:
     """The tokens of a record before and from the first that is a target; of a text, its two halves."""
     tokens, labels = row["input_ids"], row["labels"]
-    start = next(place for place, label in enumerate(labels) if label != _IGNORED)
+    start = next(place for place, label in enumerate(labels) if label != IGNORED)
     start = start or len(tokens) // 2
     return tokens[:start], tokens[start:]
 
 
-def language_row(prompt: list[int], answer: list[int]) -> Row:
+def answered(prompt: list[int], answer: list[int]) -> Row:
     """A record of which only the answer is to be predicted."""
-    return {
-        "input_ids": [*prompt, *answer],
-        "attention_mask": [1] * (len(prompt) + len(answer)),
-        "labels": [_IGNORED] * len(prompt) + answer,
-    }
+    return language_row([*prompt, *answer], [IGNORED] * len(prompt) + answer)
 
 
 def with_rows(task: Task, rows: list[Row]) -> Task:
@@ -114,9 +108,3 @@ def with_rows(task: Task, rows: list[Row]) -> Task:
     other = copy(task)
     other.rows, other.origin = rows, list(range(len(rows)))
     return other
-
-
-def _longest(task: Task) -> int:
-    """Tokens that the model reads at once."""
-    limit = getattr(task.model.config, "max_position_embeddings", None) or task.data.max_tokens
-    return min(task.data.max_tokens, limit)

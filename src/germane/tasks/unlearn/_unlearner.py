@@ -159,6 +159,16 @@ class FineTuned(Unlearner, Training):
         return None
 
 
+def watch_all(work: Work) -> Callable[[int], bool]:
+    """Looks at every epoch and ends at none: for methods whose utility is lost first and comes back."""
+
+    def after_epoch(epoch: int) -> bool:
+        work.after_epoch(epoch)
+        return False
+
+    return after_epoch
+
+
 def shuffled(task: Task, generator: random.Random) -> list[int]:
     """The task's record numbers in random order."""
     return generator.sample(range(len(task.rows)), len(task.rows))

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from germane.core.objective import next_tokens, token_losses
+from germane.core.objective import token_losses
 from germane.method import method
 from germane.tasks.unlearn._templates import Answered, Templated
 from germane.tasks.unlearn._unlearner import Pair, Work
@@ -91,7 +91,6 @@ def answer_probability(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (records, tokens, vocabulary); the softmax is taken in float32.
         labels: (records, tokens), -100 where a token is not to be predicted.
     """
-    losses, _ = token_losses(logits, labels)
-    counted = next_tokens(labels) != -100
+    losses, counted = token_losses(logits, labels)
     means = ((-losses).exp() * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
     return means.mean()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from germane.core.training import Hooks
 from germane.method import method
-from germane.tasks.unlearn._unlearner import FineTuned, Pair, Work, mean_loss
+from germane.tasks.unlearn._unlearner import FineTuned, Pair, Work, mean_loss, watch_all
 
 
 @method("unlearn/l1-sparse", paper="2304.04934", code="OPTML-Group/Unlearn-Sparse", needs=("retain",))
@@ -48,11 +48,8 @@ class L1Sparse(FineTuned):
         return self.gamma * (1 - epoch / falling) if epoch < falling else 0.0
 
     def hooks(self, work: Work) -> Hooks:
-        def after_epoch(epoch: int) -> bool:
-            work.after_epoch(epoch)
-            return False  # the penalty falls, so what is lost early comes back: no epoch is the last
-
-        return Hooks(after_epoch=after_epoch)
+        # The penalty falls, so what is lost early comes back.
+        return Hooks(after_epoch=watch_all(work))
 
     def pairs(self, work: Work, epoch: int) -> Iterator[Pair]:
         self._price = self.price(epoch)

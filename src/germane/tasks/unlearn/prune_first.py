@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from germane.core.training import Hooks, build_optimiser
 from germane.method import method
-from germane.tasks.unlearn._unlearner import FineTuned, Pair, Work, mean_loss, require_classifier
+from germane.tasks.unlearn._unlearner import FineTuned, Pair, Work, mean_loss, require_classifier, watch_all
 from germane.tasks.unlearn.salun import Fence, Weights, top_share
 
 _PRUNED = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)  # layers whose weights are pruned
@@ -55,11 +55,8 @@ class PruneFirst(FineTuned):
         self._fence = Fence(work.model, kept)
 
     def hooks(self, work: Work) -> Hooks:
-        def after_epoch(epoch: int) -> bool:
-            work.after_epoch(epoch)
-            return False  # what pruning cost comes back with training: no epoch is the last
-
-        return Hooks(self._fence.mask_gradients, self._fence.put_back, after_epoch)
+        # What pruning cost comes back with training.
+        return Hooks(self._fence.mask_gradients, self._fence.put_back, watch_all(work))
 
     def make_optimiser(self, work: Work) -> torch.optim.Optimizer:
         self._fence.optimiser = build_optimiser(work.model.parameters(), self)
