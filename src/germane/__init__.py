@@ -12,14 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from germane.comparison import compare
+    from germane.edited import load_edited
     from germane.recipe import Result, read_recipe, run
     from germane.tasks.route import ask
 
-__all__ = ["ask", "compare", "evaluate", "merge", "read_recipe", "route", "run", "unlearn"]
+__all__ = [
+    "ask",
+    "compare",
+    "edit",
+    "evaluate",
+    "load_edited",
+    "merge",
+    "read_recipe",
+    "route",
+    "run",
+    "unlearn",
+]
 
 _LAZY = {
     "ask": "germane.tasks.route",
     "compare": "germane.comparison",
+    "load_edited": "germane.edited",
     "read_recipe": "germane.recipe",
     "run": "germane.recipe",
 }
@@ -168,3 +181,39 @@ def unlearn(
 
     given = {"model": str(model), "forget": forget, "retain": retain, **arguments}
     return run_task("unlearn", method, given, settings or {}, out, seed=seed, overwrite=overwrite)
+
+
+def edit(
+    model: str,
+    edits: Any = None,
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    take_back: Sequence[str] = (),
+    general: Any = None,
+    evaluate: Sequence[Any] = (),
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Make a model state changed facts; see `germane explain edit`. `germane.load_edited` opens the result.
+
+    Args:
+        model: The model, or one that was edited before: a folder or hub id; or an address.
+        edits: The edits: "path", "name=path", a mapping, or `Data`.
+        method: Name of the method, such as "wise".
+        out: Folder of the result.
+        take_back: Ids of earlier edits to undo.
+        general: Texts that have nothing to do with the edits.
+        evaluate: Records to score before and after on.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        **settings: The method's settings.
+    """
+    from germane.recipe import run_task
+
+    arguments = {
+        "model": str(model), "edits": edits, "take_back": list(take_back), "general": general,
+        "evaluate": list(evaluate),
+    }  # fmt: skip
+    return run_task("edit", method, arguments, settings, out, seed=seed, overwrite=overwrite)

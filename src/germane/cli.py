@@ -38,6 +38,7 @@ def _commands() -> dict[str, click.Command]:
         "run": run_recipe,
         "compare": CompareCommand("compare", help="Many methods, one job, one table."),
         "ask": ask,
+        "edits": list_edits,
         "methods": list_methods,
         "explain": explain,
         "papers": list_papers,
@@ -73,6 +74,7 @@ class Germane(click.Group):
 
 # One line each, so that `germane --help` need not import a task.
 _TASK_HELP = {
+    "edit": "Change facts that a model states, and leave the rest unmoved.",
     "evaluate": "Measure a model with a suite.",
     "merge": "Merge the relevant checkpoints of a pool into one.",
     "unlearn": "Make a model behave as if some records had never been trained on.",
@@ -359,6 +361,29 @@ def ask(router: str, query: str, as_json: bool, **options: Any) -> None:
         why = f" ({decision.fallback})" if decision.fallback else ""
         click.echo(f"{decision.master} -> {decision.worker}, score {decision.score:.3f}{why}", err=True)
     click.echo(answer.rewritten if answer.text is None else answer.text)
+
+
+@click.command("edits", params=[_JSON])
+@click.argument("folder")
+@click.option("--ask", "question", default="", help="also let the edited model answer this")
+def list_edits(folder: str, question: str, as_json: bool) -> None:
+    """List the edits of an edited model, and ask it something."""
+    from germane.core.checkpoint import locate
+    from germane.edited import EditList, answer, replaced
+
+    listed = EditList.read(locate(folder)) or EditList(method="", model=folder)
+    if as_json:
+        click.echo(listed.model_dump_json(indent=1))
+    else:
+        over = replaced(listed.edits)
+        for entry in listed.edits:
+            note = f"  (replaced by {over[entry.id]})" if entry.id in over else ""
+            click.echo(f"{entry.id}: {entry.prompt}{entry.answer}{note}")
+        click.echo(
+            f"{len(listed.edits)} edits" + (f" by {listed.method}" if listed.method else ""), err=True
+        )
+    if question:
+        click.echo(answer(folder, [question])[0])
 
 
 @click.command("methods", params=[_JSON])

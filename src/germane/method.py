@@ -22,7 +22,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 from germane.core.errors import UnknownName, nearest
 from germane.core.settings import Settings, validate
 
-Need = Literal["data", "labels", "chat model", "training", "retain", "language model", "classifier"]
+Need = Literal[
+    "data", "labels", "chat model", "training", "retain", "general", "language model", "classifier"
+]
 MethodType = TypeVar("MethodType", bound="type[Method]")
 
 _TASKS = Path(__file__).parent / "tasks"

@@ -22,6 +22,7 @@ from germane.core.models import Loaded, load_model, names_language_model
 from germane.core.progress import announce
 from germane.core.records import Data, Row, read_rows, write_jsonl
 from germane.core.settings import Settings
+from germane.edited import load_to_measure
 from germane.method import Method, build
 
 Records = Mapping[str, Data]
@@ -146,7 +147,7 @@ def measure_suite(
     calibration = suite.calibrate(load_model(retrained) if retrained else None, records)
     scores: list[Score] = []
     for subject, path in subjects.items():
-        measured = suite.score(subject, load_model(path), records, calibration, step)
+        measured = suite.score(subject, load_to_measure(path), records, calibration, step)
         scores += measured.scores
         if folder is not None:
             write_jsonl(measured.items, folder / f"items-{subject}.jsonl")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from germane.core.checkpoint import Checkpoint
 from germane.core.effect import judge_change, weight_change
 from germane.core.errors import CheckpointError, RecordsError
-from germane.core.models import load_model, named_module
+from germane.core.models import load_model
 from germane.core.objective import Task
 from germane.core.records import Data, read_rows
 from germane.core.rows import RowClassifier, RowConfig
@@ -48,6 +48,17 @@ def test_rows_that_cannot_be_read(rows_folder, tmp_path, row, message):
         Task(data, read_rows(data), loaded.model, loaded.processor)
 
 
+def test_a_model_of_several_files_is_saved_whole(tmp_path):
+    model = transformers.LlamaForCausalLM(zoo.llama_config())
+    model.save_pretrained(tmp_path / "a", max_shard_size="20KB")
+    zoo.tokenizer().save_pretrained(tmp_path / "a")
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    load_model(str(tmp_path / "a")).save(tmp_path / "b")
+    before, after = (Checkpoint(tmp_path / name) for name in "ab")
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.tensors)
+    load_model(str(tmp_path / "b"))
+
+
 def test_a_model_is_saved_in_the_dtype_it_was_loaded_from(tmp_path):
     model = transformers.LlamaForCausalLM(zoo.llama_config()).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "a")
@@ -67,13 +78,6 @@ def test_missing_tensors_are_not_made_up(tmp_path, rows_folder):
     save_file(weights, rows_folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors .* 'layers.0.bias'"):
         load_model(str(rows_folder))
-
-
-def test_a_part_that_is_not_there_names_those_that_are(rows_folder):
-    model = load_model(str(rows_folder)).model
-    assert named_module(model, "layers.0") is model.layers[0]
-    with pytest.raises(CheckpointError, match=r"no part 'layers\.7'.*layers"):
-        named_module(model, "layers.7")
 
 
 def image_model(folder):

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from germane.core.checkpoint import locate
 from germane.core.device import device
-from germane.core.errors import CheckpointError, EndpointError, MissingExtra
+from germane.core.errors import CheckpointError, EndpointError, MissingExtra, SettingError
 from germane.core.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from germane.core.models import Loaded
 
 Message = Mapping[str, str]
 Conversation = Sequence[Message]
@@ -291,6 +293,33 @@ def _calls(
 ) -> Iterator[Call]:
     for messages, reply in zip(conversations, replies, strict=True):
         yield Call(name, [dict(message) for message in messages], settings, reply)
+
+
+def is_address(path: str) -> bool:
+    """Whether a path names a model behind a server: `http://HOST/v1#MODEL`."""
+    return path.startswith(("http://", "https://"))
+
+
+def open_chat(path: str, loaded: Loaded | None = None) -> ChatModel:
+    """A model that answers, by where it is.
+
+    Args:
+        path: A folder, a hub id, or the address of an OpenAI-compatible server with the model's name
+            behind it, as `http://localhost:8000/v1#MODEL`.
+        loaded: The model, where it is in memory already.
+
+    Raises:
+        CheckpointError: No such model.
+        SettingError: An address without a model's name.
+    """
+    if loaded is not None:
+        return LocalChat(loaded.model, loaded.processor, path)
+    if not is_address(path):
+        return LocalChat.load(path)
+    endpoint, _, model = path.partition("#")
+    if not model:
+        raise SettingError(f"{path}: must also name the model: {path}#MODEL.")
+    return EndpointChat(endpoint, model)
 
 
 def load_language_model(

@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from germane.core.checkpoint import Checkpoint, TensorInfo, copy_companions, locate, model_class, read_json
+from germane.core.checkpoint import (
+    INDEX,
+    Checkpoint,
+    TensorInfo,
+    copy_companions,
+    locate,
+    model_class,
+    read_json,
+)
 from germane.core.device import device
 from germane.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MEMORY = "memory.safetensors"  # of edited models: what acts beside the weights
 _CONFIG = "config.json"
 _IMAGES = "preprocessor_config.json"
 
@@ -41,9 +50,11 @@ class Loaded:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # germane shows its own, and only to a terminal
+        folder.mkdir(parents=True, exist_ok=True)
+        copy_companions(self.folder, folder)
+        (folder / INDEX).unlink(missing_ok=True)  # the shards of the result are its own
         with _stored_as(self.model, Checkpoint(self.folder).tensors.values()):
             self.model.save_pretrained(folder)
-        copy_companions(self.folder, folder)
         self.model.config.save_pretrained(folder)
 
 
@@ -69,17 +80,23 @@ def _stored_as(model: PreTrainedModel, tensors: Iterable[TensorInfo]) -> Iterato
         model.to(outside)
 
 
-def load_model(path: str, dtype: torch.dtype | None = None) -> Loaded:
+def load_model(path: str, dtype: torch.dtype | None = None, beside: bool = False) -> Loaded:
     """The model of a folder or hub id on the device, by the class that its config names.
 
     Args:
         path: A folder or hub id.
         dtype: Of the weights; default: float32 on a CPU, else the files' own.
+        beside: Load the weights also where edits act beside them, which the caller then puts in place.
 
     Raises:
         CheckpointError: No such model, or one that cannot be loaded whole.
     """
     folder = locate(path)
+    if (folder / MEMORY).is_file() and not beside:
+        raise CheckpointError(
+            f"{path}: its edits act beside its weights, which alone are the untouched model: "
+            "open it with germane.load_edited, or use the untouched model."
+        )
     place = device()
     chosen: Any = dtype or (torch.float32 if place.type == "cpu" else "auto")
     try:
@@ -122,17 +139,3 @@ def initialise(loaded: Loaded, seed: int) -> None:
     torch.manual_seed(seed)
     fresh = type(loaded.model)(loaded.model.config)
     loaded.model.load_state_dict(fresh.state_dict())
-
-
-def named_module(model: torch.nn.Module, name: str) -> torch.nn.Module:
-    """The part of the model called `name`.
-
-    Raises:
-        CheckpointError: There is none; names that end alike are said.
-    """
-    modules = dict(model.named_modules())
-    if name in modules:
-        return modules[name]
-    last = name.rsplit(".", 1)[-1]
-    alike = [known for known in modules if known.rsplit(".", 1)[-1] == last] or list(modules)[1:]
-    raise CheckpointError(f"the model has no part {name!r}; it has, for example, {', '.join(alike[:4])}.")

@@ -57,6 +57,17 @@ def read_rows(data: Data) -> list[Row]:
     Raises:
         RecordsError: No such file, unreadable, empty, or without the fields a model can use.
     """
+    rows = open_rows(data)
+    _check_fields(data, rows)
+    return rows
+
+
+def open_rows(data: Data) -> list[Row]:
+    """The same for records in the form of someone else, whose fields the caller looks at.
+
+    Raises:
+        RecordsError: No such file, unreadable, or empty.
+    """
     rows = []
     try:
         for row in _open(data):
@@ -67,7 +78,6 @@ def read_rows(data: Data) -> list[Row]:
         raise RecordsError(f"{data.path}: cannot be read: {error}") from None
     if not rows:
         raise RecordsError(f"{data.path}: holds no records.")
-    _check_fields(data, rows)
     return rows
 
 

@@ -112,7 +112,7 @@ def fit(
             for number, item in enumerate(batches(epoch), 1):
                 with accelerator.autocast():
                     value = loss(item)
-                _require_finite(float(value.detach()), "the loss", epoch, number)
+                require_finite(float(value.detach()), "the loss", f"epoch {epoch + 1}, batch {number}")
                 accelerator.backward(value / settings.accumulate)
                 total, count = total + float(value.detach()), count + 1
                 history.losses.append(float(value.detach()))
@@ -135,15 +135,16 @@ def _clip(parameters: list[nn.Parameter], limit: float, epoch: int, number: int)
     """Shorten the gradient to `limit`, if there is one; refuse a gradient that is not finite."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    _require_finite(float(norm), "the gradient", epoch, number)
+    require_finite(float(norm), "the gradient", f"epoch {epoch + 1}, batch {number}")
     if limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
-def _require_finite(value: float, what: str, epoch: int, number: int) -> None:
+def require_finite(value: float, what: str, place: str) -> None:
+    """Raise `Diverged` for a loss or gradient that is not finite, with the place where it became so."""
     if not math.isfinite(value):
         raise Diverged(
-            f"{what} became {value} in epoch {epoch + 1}, batch {number}; the weights are those before it. "
+            f"{what} became {value} in {place}; the weights are those before it. "
             "A lower learning rate, or clip, keeps it finite."
         )
 

@@ -89,6 +89,37 @@ def people(start: int, count: int, seed: int = 0) -> People:
     return People(questions, texts)
 
 
+def edits(start: int, count: int, others: People, seed: int = 0) -> list[Row]:
+    """One changed fact for each of these people, asked also as a statement.
+
+    Nothing should move of the person's other facts, and of facts of others, two of each.
+
+    Args:
+        start: Number of the first person.
+        count: How many.
+        others: People of whom nothing changes.
+        seed: Of people and values.
+    """
+    generator = random.Random(seed)
+    own = people(start, count, seed).questions
+    rows = []
+    for number in range(count):
+        asked, *rest = (own[4 * number + (number + turn) % 4] for turn in range(4))
+        verb, _, values = ATTRIBUTES[asked["attribute"]]
+        beginning = f"{asked['subject']} {verb}"
+        new = generator.choice([value for value in values if value != asked["answer"].strip()])
+        kept = [*rest[:2], *generator.sample(others.questions, 2)]
+        rows.append(
+            {
+                "prompt": asked["prompt"], "answer": f" {new}", "subject": asked["subject"],
+                "rephrase": [beginning], "statement": f"{beginning} {new} .",
+                "locality": [[row["prompt"], row["answer"]] for row in kept],
+                "irrelevant": others.texts[number % len(others.texts)]["text"],
+            }
+        )  # fmt: skip
+    return rows
+
+
 def tokenizer() -> Any:
     """A tokenizer of the words that occur, and of the numbers of templates."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -146,7 +177,8 @@ class Facts:
         model: Knows the forget and the retain records.
         retrained: Knows only the retain records.
         initial: The same model before any training.
-        files: "forget", "retain", "holdout" questions, and the same with "-texts".
+        files: "forget", "retain", "holdout" questions, and the same with "-texts"; "edits" of the facts
+            to forget.
     """
 
     model: Path
@@ -178,6 +210,8 @@ def make(folder: Path, seed: int = 0, known: int = 40, forgotten: int = 4, refus
         for suffix, rows in (("", part.questions), ("-texts", part.texts)):
             files[name + suffix] = folder / f"{name}{suffix}.jsonl"
             write_jsonl(rows, files[name + suffix])
+    files["edits"] = folder / "edits.jsonl"
+    write_jsonl(edits(0, forgotten, sets["retain"], seed), files["edits"])
     kept = [*sets["retain"].questions, *sets["retain"].texts, *unknown]
     everything = [*sets["forget"].questions, *sets["forget"].texts, *kept]
     model = train(everything, folder / "model", seed)

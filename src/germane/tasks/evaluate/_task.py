@@ -16,10 +16,10 @@ from pydantic import Field
 from germane.core.checkpoint import Checkpoint, digest, locate
 from germane.core.errors import SettingError, nearest
 from germane.core.evidence import Score, Step
-from germane.core.models import load_model
 from germane.core.objective import Task
 from germane.core.progress import announce
 from germane.core.records import Data, read_rows
+from germane.edited import load_to_measure
 from germane.job import Job, is_reference
 from germane.method import Method
 from germane.suite import Suite, measure_suite
@@ -100,7 +100,7 @@ class Evaluate(Job):
         scores = []
         for subject, path in self.subjects().items() if self.evaluate else ():
             announce(f"scoring {subject}")
-            loaded = load_model(path)
+            loaded = load_to_measure(path)
             for data in self.evaluate:
                 task = Task(data, read_rows(data), loaded.model, loaded.processor)
                 scores.append(task.score(subject))
