@@ -21,7 +21,7 @@ def test_a_methods_name_is_its_files(name):
     assert kind.__module__.startswith("germane.")
     assert kind.__module__ == f"germane.tasks.{task}.{short.replace('-', '_')}"
     assert kind.information.task == task
-    assert kind().name == name
+    assert kind.model_construct().name == name
 
 
 @pytest.mark.parametrize("name", registry.names())

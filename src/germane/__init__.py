@@ -26,6 +26,7 @@ __all__ = [
     "read_recipe",
     "route",
     "run",
+    "synthesize",
     "unlearn",
 ]
 
@@ -217,3 +218,30 @@ def edit(
         "evaluate": list(evaluate),
     }  # fmt: skip
     return run_task("edit", method, arguments, settings, out, seed=seed, overwrite=overwrite)
+
+
+def synthesize(
+    model: str,
+    data: Sequence[Any] = (),
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Have a model make records; see `germane explain synthesize`.
+
+    Args:
+        model: The model that writes: a folder or hub id.
+        data: The method's records by role, as "role=path", mappings, or `Data`.
+        method: Name of the method, such as "rwku".
+        out: Folder of the files.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        **settings: The method's settings.
+    """
+    from germane.recipe import run_task
+
+    arguments = {"model": str(model), "data": list(data)}
+    return run_task("synthesize", method, arguments, settings, out, seed=seed, overwrite=overwrite)

@@ -77,6 +77,7 @@ _TASK_HELP = {
     "edit": "Change facts that a model states, and leave the rest unmoved.",
     "evaluate": "Measure a model with a suite.",
     "merge": "Merge the relevant checkpoints of a pool into one.",
+    "synthesize": "Have a model make records: to forget, to refuse, to ask.",
     "unlearn": "Make a model behave as if some records had never been trained on.",
     "route": "Send each query to the model of a pool that should answer it.",
 }

@@ -11,21 +11,20 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from germane.core.checkpoint import Checkpoint, locate
-from germane.core.errors import CheckpointError, SettingError
+from germane.core.errors import CheckpointError
 from germane.core.evidence import Score, Step
 from germane.core.models import Loaded, load_model, names_language_model
 from germane.core.progress import announce
-from germane.core.records import Data, Row, read_rows, write_jsonl
+from germane.core.records import Row, write_jsonl
 from germane.core.settings import Settings
 from germane.edited import load_to_measure
-from germane.method import Method, build
-
-Records = Mapping[str, Data]
+from germane.method import build
+from germane.roles import Records, RoleMethod
 
 
 @dataclass
@@ -41,25 +40,8 @@ class Measured:
     items: list[Row] = field(default_factory=list)
 
 
-class Suite(Method):
-    """Base of every suite.
-
-    Attributes:
-        roles: Roles of the records it reads, such as "forget", each with what they must be.
-        optional: Roles it reads if they are there.
-    """
-
-    roles: ClassVar[Mapping[str, str]] = {}
-    optional: ClassVar[Mapping[str, str]] = {}
-
-    def check_records(self, records: Records) -> None:
-        """Raise a `GermaneError` unless every role is filled with records that can be read."""
-        for role, meaning in self.roles.items():
-            if role not in records:
-                raise SettingError(f"{self.name}: needs {meaning}: --data {role}=FILE.")
-        for role in (*self.roles, *self.optional):
-            if role in records:
-                read_rows(records[role])
+class Suite(RoleMethod):
+    """Base of every suite."""
 
     def check_model(self, path: str) -> None:
         """Raise a `CheckpointError` unless it is a model of the kind the suite measures."""
@@ -69,6 +51,10 @@ class Suite(Method):
             raise CheckpointError(f"{self.name}: measures language models; {path} is {kind}.")
         if "classifier" in self.information.needs and language:
             raise CheckpointError(f"{self.name}: measures classifiers; {path} is {kind}.")
+
+    def utility(self, subject: str, loaded: Loaded, records: Records) -> list[Score]:
+        """The score of what should stay, if the suite has one: for what is measured again and again."""
+        return []
 
     def calibrate(self, retrained: Loaded | None, records: Records) -> Any:
         """What must be known of the retrained model before any score, if there is one."""

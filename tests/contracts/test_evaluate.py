@@ -18,17 +18,26 @@ from germane.tasks.evaluate._task import Evaluate
 NAMES = registry.names("evaluate")
 each = pytest.mark.parametrize("name", NAMES)
 # Suite -> role -> records of the embedded parts, where they are not called alike.
-FILES = {"evaluate/muse": {"forget-questions": "forget", "retain-questions": "retain"}}
+FILES = {
+    "evaluate/worst-case-forget": {"train": "retain"},
+    "evaluate/canonical-examples": {"examples": "retain"},
+    "evaluate/concept-vectors": {"concepts": "forget-texts"},
+    "evaluate/muse": {"forget-questions": "forget", "retain-questions": "retain"},
+    "evaluate/wack": {"questions": "retain"},
+    "evaluate/rwku": {"level1": "forget", "level2": "forget"},
+}
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """A classifier and a language model to measure."""
     folder = tmp_path_factory.mktemp("parts")
-    return {
+    made = {
         "classifier": digit_parts.make(folder / "digits"),
         "language model": fact_parts.make(folder / "facts", known=12, forgotten=4, refusing=2),
     }
+    SETTINGS["evaluate/concept-vectors"] = {"untouched": str(made["language model"].model), "top": 20}
+    return made
 
 
 def kind_of(name: str) -> str:
@@ -36,7 +45,13 @@ def kind_of(name: str) -> str:
 
 
 # Suite -> settings that fit the tiny models.
-SETTINGS = {"evaluate/muse": {"verbatim_tokens": 32, "examples": 0}}
+SETTINGS = {
+    "evaluate/muse": {"verbatim_tokens": 32, "examples": 0},
+    "evaluate/worst-case-forget": {
+        "size": 20, "rounds": 2, "steps": 1, "random_sets": 1, "unlearner": "random-labels",
+        "unlearner_settings": {"epochs": 1},
+    },
+}  # fmt: skip
 
 
 def settings(name: str) -> dict:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,8 @@ from germane.core.errors import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CONTEXTS = ("max_position_embeddings", "n_positions")  # how configs call the longest input
 
 
 def continue_texts(
@@ -51,17 +53,29 @@ def continue_texts(
     return [written[index] for index in range(len(encoded))]
 
 
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model reads at most, by what its config says; None where it says nothing."""
+    return next((int(config[name]) for name in _CONTEXTS if config.get(name)), None)
+
+
+def require_room(context: int | None, max_new_tokens: int, name: str) -> None:
+    """Refuse a model that cannot write so many tokens after a prompt.
+
+    Raises:
+        SettingError: With what it can read.
+    """
+    if context is not None and context <= max_new_tokens:
+        raise SettingError(
+            f"{name}: reads {context} tokens at most, which leaves no room for a "
+            f"prompt before {max_new_tokens} new ones: ask for fewer."
+        )
+
+
 def _room(model: PreTrainedModel, max_new_tokens: int) -> int:
     """Tokens that a prompt may have."""
     context = getattr(model.config, "max_position_embeddings", None)
-    if context is None:
-        return 2**31
-    if context <= max_new_tokens:
-        raise SettingError(
-            f"{model.config.name_or_path}: reads {context} tokens at most, which leaves no room for a "
-            f"prompt before {max_new_tokens} new ones: ask for fewer."
-        )
-    return int(context) - max_new_tokens
+    require_room(context, max_new_tokens, model.config.name_or_path)
+    return 2**31 if context is None else int(context) - max_new_tokens
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

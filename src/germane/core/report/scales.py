@@ -42,8 +42,8 @@ class Scale:
         finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(finite), max(finite)
         share = share and low >= 0 and high <= 1
-        if high - low <= 1e-12 * max(1.0, abs(high)):
-            pad = 0.5 if whole else abs(high) * 0.1 or 1.0
+        if high - low <= 1e-9 * max(1.0, abs(high)):  # no difference that ticks could show
+            pad = 0.5 if whole else abs(high) * 0.1 if abs(high) > 1e-9 else 1.0
             low, high = low - pad, high + pad
         step = max(1.0 if whole else 0.0, _round_step((high - low) / TICKS))
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

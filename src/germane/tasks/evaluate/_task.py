@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from germane.core.checkpoint import Checkpoint, digest, locate
-from germane.core.errors import SettingError, nearest
+from germane.core.errors import SettingError
 from germane.core.evidence import Score, Step
 from germane.core.objective import Task
 from germane.core.progress import announce
@@ -41,7 +41,7 @@ class Evaluate(Job):
     def check(self, method: Method) -> None:
         """Roles, records and the kinds of the models, before any work."""
         suite = _suite(method)
-        self._check_roles(suite)
+        suite.check_roles(self.data)
         suite.check_records(self.roles())
         for path in self.subjects(everything=True).values():
             suite.check_model(path)
@@ -52,22 +52,9 @@ class Evaluate(Job):
         """The same without the models, which may not be there yet."""
         super().check_early(method)
         suite = _suite(method)
-        self._check_roles(suite)
+        suite.check_roles(self.data)
         if not any(is_reference(data.path) for data in self.data):
             suite.check_records(self.roles())
-
-    def _check_roles(self, suite: Suite) -> None:
-        """Refuse roles that the suite would not read, and a role given twice."""
-        known = [*suite.roles, *suite.optional]
-        names = [data.name for data in self.data]
-        for name in names:
-            if name not in known:
-                raise SettingError(
-                    f"data: {suite.name} reads no role {name!r}{nearest(name, known)} "
-                    f"Roles: {', '.join(known)}."
-                )
-            if names.count(name) > 1:
-                raise SettingError(f"data: the role {name!r} is given twice.")
 
     def roles(self) -> dict[str, Data]:
         """The suite's records, by role."""

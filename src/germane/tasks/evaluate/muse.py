@@ -13,16 +13,18 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from germane.core.checkpoint import Checkpoint, locate
 from germane.core.errors import MissingExtra, RecordsError
 from germane.core.evidence import Score, Step
-from germane.core.generation import continue_texts
+from germane.core.generation import context_of, continue_texts, require_room
 from germane.core.membership import area, area_interval, min_k, token_log_probabilities
 from germane.core.models import Loaded
 from germane.core.objective import Task
 from germane.core.records import Data, Row, read_rows
 from germane.core.statistics import bootstrap_mean
 from germane.method import method
-from germane.suite import Measured, Records, Suite
+from germane.roles import Records
+from germane.suite import Measured, Suite
 
 VERBATIM, KNOWLEDGE, UTILITY = "VerbMem", "KnowMem", "KnowMem utility"
 LEAK = "PrivLeak (0 is ideal)"
@@ -68,8 +70,10 @@ class Muse(Suite):
     Use it when a language model has unlearned texts, and questions about them and others are at hand.
     Not when the forget set is a behaviour, or when only one number is wanted.
 
-    Differs from the paper: the scalability (criterion 5) and the sustainability (criterion 6) are not
-    part of the suite; they are several unlearning runs, each of which it can measure. The examples in
+    Scalability (criterion 5) and sustainability (criterion 6) need several unlearning runs: `requests` of
+    the task unlearn makes them, and measures the utility of each with this suite.
+
+    Differs from the paper: the examples in
     the context are the last records of the same set, which are then not asked, where it has at least
     twice as many. A text longer than `max_tokens` of its records is read in pieces, all of which count
     for Min-K. A text too short for 40 % of its tokens to be one has its least likely token taken,
@@ -172,6 +176,18 @@ class Muse(Suite):
         self._leak(found, subject, loaded, records, calibration)
         step.facts["AUC of PrivLeak's reference"] = calibration
         return found
+
+    def utility(self, subject: str, loaded: Loaded, records: Records) -> list[Score]:
+        """Answers to the questions about what was kept."""
+        found = Measured()
+        self._knowledge(found, subject, loaded, records["retain-questions"], UTILITY)
+        return found.scores
+
+    def check_model(self, path: str) -> None:
+        """A language model with room for what it is to write."""
+        super().check_model(path)
+        config = Checkpoint(locate(path)).config
+        require_room(context_of(config), max(self.verbatim_tokens, self.answer_tokens), path)
 
     def _verbatim(self, found: Measured, subject: str, loaded: Loaded, data: Data) -> None:
         tokenizer, size = loaded.processor, self.verbatim_tokens

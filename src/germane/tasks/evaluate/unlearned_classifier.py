@@ -17,7 +17,8 @@ from germane.core.objective import Task
 from germane.core.records import Data, Row, read_rows
 from germane.core.statistics import wilson
 from germane.method import method
-from germane.suite import Measured, Records, Suite
+from germane.roles import Records
+from germane.suite import Measured, Suite
 
 UNLEARNING, RETAIN, TEST, ATTACK = (
     "unlearning accuracy", "retain accuracy", "test accuracy", "MIA efficacy",

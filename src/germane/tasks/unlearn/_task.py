@@ -13,6 +13,7 @@ import gc
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,6 +34,7 @@ from germane.job import Job
 from germane.method import Method
 from germane.suite import SuiteRequest, measure_suites
 from germane.tasks.unlearn._measures import MEMORY, UTILITY, judge, memory, privacy_leak, utility
+from germane.tasks.unlearn._requests import AT_ONCE, IN_TURN, Courses
 from germane.tasks.unlearn._search import (
     Limits,
     Trial,
@@ -76,6 +78,12 @@ class Unlearn(Job):
     trials: int = Field(
         default=3, ge=0, description="strengths to try within the budget; 0: the settings as they are"
     )
+    requests: int = Field(
+        default=1,
+        ge=1,
+        description="parts that the forget records come in: also unlearn growing numbers of them at once, "
+        "and one after another",
+    )
     suites: list[SuiteRequest] = Field(
         default=[], description="suites of evaluate to measure the result with, such as muse"
     )
@@ -87,6 +95,7 @@ class Unlearn(Job):
         """Everything that can be known from files and records, before any work."""
         assert isinstance(method, Unlearner)
         forget = read_rows(self.forget)
+        self._check_requests(len(forget))
         named = {"retain": self.retain, "holdout": self.holdout}
         for name, data in named.items():
             if data is not None:
@@ -108,6 +117,12 @@ class Unlearn(Job):
             suite.check_model(self.model)
         self._check_kind(method)
 
+    def _check_requests(self, count: int) -> None:
+        if self.requests > count:
+            raise SettingError(f"requests: {self.requests} parts of {count} forget records are too many.")
+        if self.requests > 1 and self.retain is None:
+            raise SettingError("requests: more than one are measured by the utility: --retain FILE.")
+
     def _check_kind(self, method: Method) -> None:
         """Whether the method reads models of this kind, as far as the config says."""
         kind = str(Checkpoint(locate(self.model)).config.get("architectures"))
@@ -128,6 +143,8 @@ class Unlearn(Job):
         run = _Run(self, method, folder, step, seed)
         run.unlearn()
         run.measure()
+        if self.requests > 1:
+            run.repeat()
 
     @classmethod
     def summarise(cls, rows: Sequence[Row], references: Sequence[Row]) -> tuple[list[Table], list[Scatter]]:
@@ -162,6 +179,21 @@ def _text_of(row: Record) -> str:
     return repr(sorted((key, value) for key, value in row.items() if isinstance(value, str | int | float)))
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Where one of several requests begins.
+
+    Attributes:
+        model: The folder of the model.
+        rows: The records to forget.
+        scratch: A folder for what is put aside.
+    """
+
+    model: str
+    rows: list[Record]
+    scratch: Path
+
+
 class _Run:
     """One run: the trials, the best of them written, everything measured."""
 
@@ -171,6 +203,8 @@ class _Run:
         self.folder = folder
         self.step = step
         self.seed = seed
+        self.chosen = method  # at the strength that the search found
+        self.limits: Limits | None = None
         self.scratch = folder / ".scratch"
         retain = read_rows(job.retain) if job.retain else []
         self.retain_rows, self.aside_rows = _set_aside(retain, seed)
@@ -213,7 +247,7 @@ class _Run:
         return [d for d in (job.forget, job.retain, job.holdout, *job.data, *job.evaluate) if d is not None]
 
     def _search(self) -> None:
-        limits = self._limits()
+        limits = self.limits = self._limits()
         trials, best = search(lambda factor: self._try(factor, limits), limits, self.job.trials)
         strength = getattr(self.method, self.method.strength)
         self.step.tables.append(trials_table(trials, best, self.method.strength, strength))
@@ -224,6 +258,7 @@ class _Run:
             if best.seen is None:
                 raise Diverged(best.error)
         self.step.facts["strength"] = strength * best.factor
+        self.chosen = self.method.stronger(best.factor)
         self._put_in_place(best)
 
     def _limits(self) -> Limits:
@@ -257,23 +292,28 @@ class _Run:
         gc.collect()
         return trial
 
-    def _apply(self, method: Unlearner, limits: Limits, folder: Path, trial: Trial) -> None:
-        """The method on a fresh copy of the model, looked at after every epoch, and saved."""
-        work = self._work(self.retain_rows)
+    def _apply(
+        self, method: Unlearner, limits: Limits, folder: Path, trial: Trial, start: _Start | None = None
+    ) -> None:
+        """The method on a fresh copy of a model, looked at after every epoch, and saved."""
+        work = self._work(self.retain_rows, start)
         watch = Watch(limits, work.forget, self._aside(work.loaded), self.scratch / _WEIGHTS)
         work.after_epoch, work.restore = watch.after_epoch, watch.restore
         method.unlearn(work)
         work.loaded.save(folder)
         trial.seen, trial.epoch, trial.spent = watch.best, watch.epoch, watch.spent
         if trial.seen is None:
-            trial.seen = look(self.task(work.loaded, self.job.forget), self._aside(work.loaded))
+            trial.seen = look(work.forget, self._aside(work.loaded))
 
-    def _work(self, retain_rows: list[Record]) -> Work:
-        loaded = load_model(self.job.model)
+    def _work(self, retain_rows: list[Record], start: _Start | None = None) -> Work:
+        path = start.model if start else self.job.model
+        step = Step(task=self.step.task, method=self.step.method) if start else self.step
+        loaded = load_model(path)
+        forget = self.task(loaded, self.job.forget, start.rows if start else None)
         retain = self.task(loaded, self.job.retain, retain_rows) if self.job.retain else None
         return Work(
-            loaded, self.task(loaded, self.job.forget), retain, lambda: load_model(self.job.model),
-            self.job.initial, self.seed, self.step, self.scratch,
+            loaded, forget, retain, lambda: load_model(path), self.job.initial, self.seed, step,
+            start.scratch if start else self.scratch,
         )  # fmt: skip
 
     def _put_in_place(self, best: Trial) -> None:
@@ -294,6 +334,55 @@ class _Run:
             )  # fmt: skip
             self.step.scores = scores
         self.step.findings += judge(scores)
+
+    def repeat(self) -> None:
+        """Unlearn in parts: growing numbers of them at once, and one after another."""
+        rows, count = read_rows(self.job.forget), self.job.requests
+        parts = [rows[n * len(rows) // count : (n + 1) * len(rows) // count] for n in range(count)]
+        self.scratch.mkdir()
+        courses = Courses(count)
+        with self.step.stage("requests"):
+            for number in range(1, count):
+                asked = [row for part in parts[:number] for row in part]
+                courses.add(AT_ONCE, number, self._part(f"at-once-{number}", self.job.model, asked))
+            courses.add(AT_ONCE, count, self._utilities(str(self.folder)))
+            place, first = str(self.scratch / "at-once-1"), courses.of(AT_ONCE, 1)
+            courses.add(IN_TURN, 1, first)
+            for number in range(2, count + 1):
+                courses.add(IN_TURN, number, self._part(f"in-turn-{number}", place, parts[number - 1]))
+                place = str(self.scratch / f"in-turn-{number}")
+        shutil.rmtree(self.scratch)
+        self.step.plots += courses.plots()
+        self.step.scores += courses.scores()
+
+    def _part(self, name: str, model: str, rows: list[Record]) -> list[Score]:
+        """The utility of a model that has unlearned some of the records."""
+        announce(f"{self.method.name}: {name.replace('-', ' ')} of {self.job.requests} requests")
+        folder, start = self.scratch / name, _Start(model, rows, self.scratch / f"{name}-aside")
+        start.scratch.mkdir()
+        try:
+            if self.limits is not None:
+                self._apply(self.chosen, self.limits, folder, Trial(1.0), start)
+            else:
+                work = self._work([*self.retain_rows, *self.aside_rows], start)
+                self.chosen.unlearn(work)
+                work.loaded.save(folder)
+        except Diverged as error:
+            self.step.findings.append(_diverged(f"{name}: {error}"))
+            load_model(model).save(folder)
+        gc.collect()
+        return self._utilities(str(folder))
+
+    def _utilities(self, path: str) -> list[Score]:
+        """The utility, by the task's own measure and by those of the suites."""
+        loaded = load_model(path)
+        found = []
+        if self.job.retain:
+            rows = self.aside_rows or self.retain_rows
+            found.append(utility("result", self.task(loaded, self.job.retain, rows)))
+        for request in self.job.suites:
+            found += request.build().utility("result", loaded, self.job.roles())
+        return found
 
     def _subjects(self) -> dict[str, str]:
         subjects = {"result": str(self.folder)}
