@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from germane.claims import write_section
+from germane.claims import interval, write_section
 from germane.core.models import load_model
 from germane.core.objective import Task
 from germane.core.records import Data, read_rows
-from germane.core.statistics import student_t
 from germane.embedded import digits
 from germane.recipe import run_task
 
@@ -82,12 +81,6 @@ def accuracies(made: digits.Digits, model: Path) -> tuple[float, float]:
         data = Data(name=name, path=str(made.files[name]))
         values.append(Task(data, read_rows(data), loaded.model, loaded.processor).score("result").value)
     return values[0], values[1]
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % t interval over seeds."""
-    half = student_t(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.1f} ± {half:.1f}"
 
 
 def verdict(found: Found) -> str:

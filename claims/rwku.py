@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from germane.claims import write_section
+from germane.claims import interval, write_section
 from germane.core.records import Data, Row, read_rows, write_jsonl
-from germane.core.statistics import student_t
 from germane.embedded import facts
 from germane.embedded.facts import ATTRIBUTES
 from germane.recipe import run_task
@@ -108,14 +107,6 @@ def measure(
     scores = {(score.subject, score.metric): score.value for score in result.scores}
     before, after = ([scores[subject, metric] for metric in METRICS] for subject in ("base", "result"))
     return before, after
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % t interval over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.1f}"
-    half = student_t(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.1f} ± {half:.1f}"
 
 
 def verdict(found: dict[str, list[list[float]]]) -> str:

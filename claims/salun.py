@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from germane.claims import write_section
-from germane.core.statistics import student_t
+from germane.claims import interval, write_section
+from germane.core.saliency import top_share
 from germane.embedded import digits
 from germane.recipe import run_task
 from germane.tasks.unlearn._unlearner import Work
-from germane.tasks.unlearn.salun import SalUn, saliency, top_share
+from germane.tasks.unlearn.salun import SalUn, saliency
 
 SEEDS = (1, 2, 3)
 TRAINING = {"optimiser": "sgd", "learning_rate": 0.05, "epochs": 3, "batch_size": 64}
@@ -99,12 +99,6 @@ def measure(
 def gap(values: list[list[float]], retrained: list[list[float]]) -> list[float]:
     """Mean distance from retraining over the four metrics, in points, a number a seed."""
     return [100 * float(np.abs(np.subtract(a, b)).mean()) for a, b in zip(values, retrained, strict=True)]
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % t interval over seeds."""
-    half = student_t(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.1f} ± {half:.1f}"
 
 
 def verdict(found: dict[str, list[list[float]]]) -> str:

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from germane.claims import write_section
-from germane.core.statistics import student_t
+from germane.claims import interval, write_section
 from germane.embedded import digits
 from germane.recipe import run_task
 
@@ -69,12 +68,6 @@ def measure(
     result = run_task("unlearn", method, arguments, settings, out, seed=seed)
     scores = {score.metric: score.value for score in result.scores if score.subject == "result"}
     return [scores[metric] for metric in METRICS]
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % t interval over seeds."""
-    half = student_t(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.1f} ± {half:.1f}"
 
 
 def verdict(found: dict[str, list[list[float]]]) -> str:

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from germane.claims import write_section
+from germane.claims import interval, write_section
 from germane.core.records import write_jsonl
-from germane.core.statistics import student_t
 from germane.embedded import digits
 from germane.recipe import run_task
 
@@ -90,12 +89,6 @@ def shares(
     items = [json.loads(line) for line in (out / "items-result.jsonl").read_text().splitlines()]
     assert sum("worst case" in item["set"] for item in items) == SIZE
     return found
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % t interval over seeds."""
-    half = student_t(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.1f} ± {half:.1f}"
 
 
 def verdict(found: dict[str, list[dict[str, float]]]) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "ask",
     "compare",
     "edit",
+    "erase",
     "evaluate",
     "load_edited",
     "merge",
@@ -245,3 +246,36 @@ def synthesize(
 
     arguments = {"model": str(model), "data": list(data)}
     return run_task("synthesize", method, arguments, settings, out, seed=seed, overwrite=overwrite)
+
+
+def erase(
+    model: str,
+    concept: str | int,
+    forget: Any,
+    keep: Any,
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    seed: int = 0,
+    overwrite: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Result:
+    """Make a diffusion pipeline draw a concept no more; see `germane explain erase`.
+
+    Args:
+        model: The pipeline: a folder of diffusers, or hub id.
+        concept: A class number, or words that the prompts hold.
+        forget: Images of the concept: "path", "name=path", a mapping, or `Data`.
+        keep: Images of others.
+        method: Name of the method, such as "salun".
+        out: Folder of the result.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        settings: The method's settings.
+        **arguments: The task's further arguments: judge, absent, samples, steps, guidance, batch, evaluate.
+    """
+    from germane.recipe import run_task
+
+    given = {"model": str(model), "concept": str(concept), "forget": forget, "keep": keep, **arguments}
+    return run_task("erase", method, given, settings or {}, out, seed=seed, overwrite=overwrite)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+
+from germane.core.statistics import student_t
 
 FILE = Path("CLAIMS.md")
 _HEAD = """# Claims
@@ -34,3 +39,11 @@ def write_section(slug: str, title: str, body: str, holds: str) -> None:
     else:
         text = text.rstrip() + "\n\n" + section
     FILE.write_text(text, encoding="utf-8")
+
+
+def interval(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and 95 % t interval over seeds, as "mean ± half"; of one value, that."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    half = student_t(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"

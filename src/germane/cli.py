@@ -75,6 +75,7 @@ class Germane(click.Group):
 # One line each, so that `germane --help` need not import a task.
 _TASK_HELP = {
     "edit": "Change facts that a model states, and leave the rest unmoved.",
+    "erase": "Make a diffusion pipeline draw a concept no more.",
     "evaluate": "Measure a model with a suite.",
     "merge": "Merge the relevant checkpoints of a pool into one.",
     "synthesize": "Have a model make records: to forget, to refuse, to ask.",

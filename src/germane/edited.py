@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -47,11 +47,25 @@ class Edit(Settings):
     locality: list[Pair] = Field(default=[], description="prompts whose answers must not move")
     portability: list[Pair] = Field(default=[], description="prompts whose answers follow from the fact")
     irrelevant: str = Field(default="", description="a text that has nothing to do with the fact")
+    other: str = Field(default="", description="a second answer, which `loss` weighs against the first")
+    loss: Literal["good", "bad", "good-v-bad", "balance"] = Field(
+        default="good", description="what is wanted: the answer, not it, it before the other, or neither"
+    )
 
     @property
     def sentence(self) -> str:
         """The fact as a sentence."""
         return self.statement or f"{self.prompt}{self.answer}"
+
+    def weigh(self, answer: Tensor, other: Tensor | None = None) -> Tensor:
+        """What `loss` makes of the losses of the two answers: less is better.
+
+        Source: Hewitt et al., "Model Editing with Canonical Examples", 2024.
+        """
+        if self.loss in ("good", "bad"):
+            return answer if self.loss == "good" else -answer
+        assert other is not None
+        return (answer - other).abs() if self.loss == "balance" else answer - other
 
 
 class EditList(Settings):

@@ -8,10 +8,11 @@ import transformers
 import zoo
 from parts import Places, train
 
+from germane.core.embedding import Encoder
 from germane.core.errors import CheckpointError, SettingError
 from germane.recipe import run_task
 from germane.tasks.route import load_router
-from germane.tasks.route.embedding import Encoder, centroids
+from germane.tasks.route.embedding import centroids
 
 
 def test_centroids_by_hand():
@@ -22,7 +23,7 @@ def test_centroids_by_hand():
 
 def test_embeddings_are_means_over_the_tokens_without_padding(places: Places):
     texts = ["w1 w2", "w3 w4 w5 w6 w7"]
-    found = Encoder(str(places.encoder), 64)(texts)
+    found = Encoder(places.encoder, 64)(texts)
     model = transformers.AutoModel.from_pretrained(places.encoder).eval()
     for text, vector in zip(texts, found, strict=True):
         with torch.no_grad():
@@ -38,12 +39,12 @@ def test_special_tokens_in_a_query_are_text(places: Places):
     model = transformers.AutoModel.from_pretrained(places.encoder).eval()
     with torch.no_grad():
         mean = model(**batch).last_hidden_state[0].mean(0)
-    assert torch.allclose(Encoder(str(places.encoder), 64)([text])[0], mean / mean.norm(), atol=1e-5)
+    assert torch.allclose(Encoder(places.encoder, 64)([text])[0], mean / mean.norm(), atol=1e-5)
 
 
 def test_scores_are_the_softmax_of_cosines(places: Places, tmp_path: Path):
     train(places, "embedding", tmp_path / "out", compare_with="descriptions", temperature=0.5)
-    encoder = Encoder(str(places.encoder), 64)
+    encoder = Encoder(places.encoder, 64)
     cosines = encoder(["w1 w40"]) @ encoder(["w1 w2 w3", "w11 w12 w13", "w21 w22 w23"]).T
     decision = load_router(tmp_path / "out").route("w1 w40")
     assert list(decision.scores.values()) == pytest.approx((cosines / 0.5).softmax(1)[0].tolist(), abs=1e-5)

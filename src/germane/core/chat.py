@@ -337,6 +337,8 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM
 
+    from germane.core import backpack  # noqa: F401 - makes its class known to AutoModelForCausalLM
+
     place = device()
     chosen: Any = dtype or (torch.float32 if place.type == "cpu" else "auto")
     folder = locate(path)

@@ -372,15 +372,16 @@ def require_space(folder: Path, size: int) -> None:
 
 
 def model_class(folder: Path) -> type[PreTrainedModel]:
-    """The class that `config.json` names: any that transformers knows, or germane's own of rows."""
+    """The class that `config.json` names: any that transformers knows, or one of germane's own."""
     import transformers
     from transformers.utils import logging
 
-    from germane.core import rows
+    from germane.core import backpack, rows
 
     logging.disable_progress_bar()  # germane shows its own, and only to a terminal
     names = read_json(folder / "config.json").get("architectures") or []
-    kind = (getattr(transformers, names[0], None) or getattr(rows, names[0], None)) if names else None
+    places = (transformers, rows, backpack) if names else ()
+    kind = next((found for place in places if (found := getattr(place, names[0], None))), None)
     if kind is None:
         raise CheckpointError(
             f"{folder}: config.json names no class of transformers under `architectures` "

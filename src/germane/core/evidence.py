@@ -216,7 +216,7 @@ class Evidence(Record):
             recipe=recipe,
             versions={
                 name: _version(name)
-                for name in ("torch", "transformers", "safetensors", "peft", "numpy")
+                for name in ("torch", "transformers", "diffusers", "safetensors", "peft", "numpy")
                 if _version(name)
             },
             machine={

@@ -12,8 +12,12 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from germane.core.errors import MissingExtra
+from germane.core.checkpoint import locate
+from germane.core.errors import CheckpointError, MissingExtra
 from germane.core.records import Row
+
+SMOLLM2 = "smollm2"  # names that stand for the embedded models
+MINILM = "minilm"
 
 
 def cache_folder() -> Path:
@@ -58,6 +62,22 @@ def smollm2() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(target)
     return target
+
+
+def model_folder(name: str) -> Path:
+    """Where a model lies: smollm2 or minilm, a folder, or a hub id; a folder of that name comes first.
+
+    Raises:
+        CheckpointError: No such model, or the folder holds none.
+        MissingExtra: The embedded model is not installed.
+    """
+    known = {SMOLLM2: smollm2, MINILM: minilm}
+    if name in known and not Path(name).is_dir():
+        return known[name]()
+    folder = locate(name)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{name}: has no config.json; is it a model folder?")
+    return folder
 
 
 def texts(corpus: str) -> list[Row]:

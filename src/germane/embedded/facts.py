@@ -138,20 +138,38 @@ def tokenizer() -> Any:
     )
 
 
-def train(records: list[Row], folder: Path, seed: int = 0, epochs: int = 60) -> Path:
-    """A model folder that knows these records by heart, the untrained model beside it in `initial`."""
+def _llama(words: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    torch.manual_seed(seed)
-    words = tokenizer()
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=False,
         pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def _backpack(words: Any) -> Any:
+    from germane.core.backpack import BackpackConfig, BackpackForCausalLM
+
+    config = BackpackConfig(
+        vocab_size=len(words), n_embd=64, n_layer=2, n_head=4, n_positions=128, num_senses=4,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    return BackpackForCausalLM(config)
+
+
+def train(
+    records: list[Row], folder: Path, seed: int = 0, epochs: int = 60, backpack: bool = False
+) -> Path:
+    """A model folder that knows these records by heart, the untrained model beside it in `initial`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    words = tokenizer()
+    model = _backpack(words) if backpack else _llama(words)
     for place in (folder / "initial", folder):
         words.save_pretrained(place)
         model.save_pretrained(place)
@@ -187,7 +205,14 @@ class Facts:
     files: dict[str, Path]
 
 
-def make(folder: Path, seed: int = 0, known: int = 40, forgotten: int = 4, refusing: int = 4) -> Facts:
+def make(
+    folder: Path,
+    seed: int = 0,
+    known: int = 40,
+    forgotten: int = 4,
+    refusing: int = 4,
+    backpack: bool = False,
+) -> Facts:
     """Train the model and the retrained one, and write the records.
 
     Args:
@@ -196,6 +221,7 @@ def make(folder: Path, seed: int = 0, known: int = 40, forgotten: int = 4, refus
         known: People the model knows.
         forgotten: So many of them are to be forgotten.
         refusing: Further people of whom the model says that it does not know.
+        backpack: Train Backpacks (germane.core.backpack) instead of Llamas.
     """
     sets = {
         "forget": people(0, forgotten, seed),
@@ -214,6 +240,6 @@ def make(folder: Path, seed: int = 0, known: int = 40, forgotten: int = 4, refus
     write_jsonl(edits(0, forgotten, sets["retain"], seed), files["edits"])
     kept = [*sets["retain"].questions, *sets["retain"].texts, *unknown]
     everything = [*sets["forget"].questions, *sets["forget"].texts, *kept]
-    model = train(everything, folder / "model", seed)
-    retrained = train(kept, folder / "retrained", seed)
+    model = train(everything, folder / "model", seed, backpack=backpack)
+    retrained = train(kept, folder / "retrained", seed, backpack=backpack)
     return Facts(model, retrained, model / "initial", files)

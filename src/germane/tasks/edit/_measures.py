@@ -7,14 +7,13 @@ writes, and the text must be the answer. Locality compares with the untouched mo
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from germane.core.answers import normalise, says
 from germane.core.evidence import Finding, Score
 from germane.core.objective import IGNORED, next_tokens
 from germane.core.statistics import bootstrap_mean
@@ -59,22 +58,6 @@ def targets(tokenizer: Any, pairs: Sequence[Pair]) -> list[list[int]]:
 def share(found: Sequence[int], wanted: Sequence[int]) -> float:
     """Share of tokens that are the same."""
     return float(np.mean([one == other for one, other in zip(found, wanted, strict=True)]))
-
-
-def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra blanks, up to the sentence's end.
-
-    As answers to questions are compared since Rajpurkar et al., "SQuAD", 2016.
-    """
-    text = re.split(r"\.(?:\s|$)|\n", text.strip(), maxsplit=1)[0].lower()
-    text = text.translate(str.maketrans("", "", string.punctuation))
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
-
-
-def says(written: str, answer: str) -> bool:
-    """Whether what was written is the answer, or begins with it."""
-    found, wanted = normalise(written).split(), normalise(answer).split()
-    return bool(wanted) and found[: len(wanted)] == wanted
 
 
 def token_values(model: Any, tokenizer: Any, edits: Sequence[Edit], before: Sequence[list[int]]) -> Values:

@@ -2,8 +2,8 @@
 
 A record of germane's own form has `prompt` and `answer`, and may have `id`, `subject`, `statement`,
 `rephrase` (a text or several), `locality` and `portability` (pairs, or objects, of a prompt and its
-answer) and `irrelevant`. The forms of ZsRE (as MEND and EasyEdit write it), KnowEdit, CounterFact and
-CounterFact-Hard (EREN) are read as they are.
+answer), `irrelevant`, `other` and `loss`. The forms of ZsRE (as MEND and EasyEdit write it), KnowEdit,
+CounterFact, CounterFact-Hard (EREN) and canonical examples are read as they are.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from germane.edited import Edit, Pair
 
 # Field of an edit -> what published sets call it.
 _NAMES = {
-    "prompt": ("prompt", "src"),
-    "answer": ("answer", "target_new", "alt"),
+    "prompt": ("prompt", "src", "prefix"),
+    "answer": ("answer", "target_new", "alt", "suffix", "suffix1"),
+    "other": ("other", "suffix2"),
+    "loss": ("loss",),
     "rephrase": ("rephrase", "rephrase_prompt", "rephrase_prompts"),
     "locality": ("locality", "neighborhood"),
     "portability": ("portability",),
@@ -120,7 +122,19 @@ def _edit(row: Row, number: int, place: str) -> Edit:
         locality=list(_pairs(row.get("locality"), "locality", place)),
         portability=list(_pairs(row.get("portability"), "portability", place)),
         irrelevant=_text(row.get("irrelevant") or "", "irrelevant", place, empty=True),
+        **_wanted(row, prompt, place),
     )
+
+
+def _wanted(row: Row, prompt: str, place: str) -> Row:
+    """The second answer, and what is wanted: of two answers the first, unless the record says."""
+    other = _text(row.get("other") or "", "other", place, empty=True)
+    loss = row.get("loss") or ("good-v-bad" if other else "good")
+    if loss not in ("good", "bad", "good-v-bad", "balance"):
+        raise RecordsError(f"{place}: loss must be good, bad, good-v-bad or balance; got {loss!r}.")
+    if loss in ("good-v-bad", "balance") and not other:
+        raise RecordsError(f"{place}: loss {loss} weighs two answers: it needs a field 'other'.")
+    return {"loss": loss, "other": with_blank(prompt, other) if other else ""}
 
 
 def with_blank(prompt: str, answer: str) -> str:

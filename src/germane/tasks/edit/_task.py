@@ -188,7 +188,8 @@ class _Run:
         announce(f"{self.method.name}: making {len(self.to_make)} edits")
         with step.stage("edit"):
             editing = self._open()
-            self.method.edit(editing, self.to_make)
+            if self.to_make:
+                self.method.edit(editing, self.to_make)
             self._save(editing)
         del editing
         gc.collect()
@@ -269,6 +270,7 @@ class _Run:
             announce("scoring the result")
             editor, editing = load_edited(str(self.folder))
             assert editor is not None
+            editing.step = self.step
             found, table = self._scores("result", editor, editing, edits, before)
             self.step.scores = scores + found
             self.step.tables.append(table)
@@ -344,7 +346,10 @@ def _copy(infos: Sequence[TensorInfo], read: Callable[[str, int, int], torch.Ten
 
 
 def _differ(info: TensorInfo, before: Checkpoint, after: Checkpoint) -> bool:
-    """Whether a tensor has changed."""
+    """Whether a tensor has changed; one that grew or went is no weight that was changed."""
+    other = after.tensors.get(info.name)
+    if other is None or other.shape != info.shape:
+        return False
     for start in range(0, info.count, _CHUNK):
         stop = min(start + _CHUNK, info.count)
         if not torch.equal(before.read(info.name, start, stop), after.read(info.name, start, stop)):

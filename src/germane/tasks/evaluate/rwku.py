@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from germane.core.answers import contains, words
 from germane.core.errors import RecordsError
 from germane.core.evidence import Score, Step, Table
 from germane.core.generation import continue_texts
@@ -301,8 +302,8 @@ def longest_common(first: Sequence[str], second: Sequence[str]) -> list[str]:
 
 def plain_recall(answer: str, written: str) -> float:
     """Share of the answer's words in what was written, in order; in lower case, without punctuation."""
-    wanted = _words(answer)
-    return len(longest_common(wanted, _words(written))) / len(wanted) if wanted else 0.0
+    wanted = words(answer)
+    return len(longest_common(wanted, words(written))) / len(wanted) if wanted else 0.0
 
 
 def published_recall(answer: str, written: str) -> float:
@@ -315,17 +316,6 @@ def published_recall(answer: str, written: str) -> float:
     common = {word for one in wanted for other in said for word in longest_common(one, other)}
     everything = {word for one in wanted for word in one}
     return len(common) / len(everything) if everything else 0.0
-
-
-def contains(written: str, answer: str) -> bool:
-    """Whether the answer's words occur in what was written, one right after the other."""
-    said, wanted = _words(written), _words(answer)
-    width = len(wanted)
-    return width > 0 and any(said[start : start + width] == wanted for start in range(len(said)))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
 
 
 def _sentences(text: str) -> list[list[str]]:

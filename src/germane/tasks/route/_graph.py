@@ -28,7 +28,7 @@ from pydantic import Field
 from germane.core.chat import ChatModel, EndpointChat, LocalChat
 from germane.core.errors import SettingError, nearest
 from germane.core.settings import Settings, validate
-from germane.tasks.route._models import model_folder
+from germane.embedded import model_folder
 
 ROOT = "router"
 GENERAL = "general"

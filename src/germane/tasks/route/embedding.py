@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from germane.core.checkpoint import save_tensors
-from germane.core.device import device
+from germane.core.embedding import Encoder
 from germane.core.errors import SettingError
-from germane.core.progress import track
+from germane.embedded import MINILM, model_folder
 from germane.method import method
 from germane.tasks.route._graph import Graph
-from germane.tasks.route._models import MINILM, model_folder
 from germane.tasks.route._router import Card, Guess, RouteMethod, Router, Training
 
 VECTORS = "vectors.safetensors"
@@ -53,7 +52,7 @@ class Embedding(RouteMethod):
         card, examples = training.card, training.examples
         if self.compare_with == "queries" and not examples:
             raise SettingError(f"{self.name}: needs labelled queries; or set compare_with=descriptions.")
-        encoder = Encoder(self.encoder, self.max_query_tokens)
+        encoder = Encoder(model_folder(self.encoder), self.max_query_tokens)
         vectors = encoder([training.graph.description(node) for node in card.nodes])
         if self.compare_with == "queries":
             embedded = encoder([example.query for example in examples])
@@ -64,7 +63,7 @@ class Embedding(RouteMethod):
     def open(self, card: Card, graph: Graph, folder: Path) -> Router:
         from safetensors.torch import load_file
 
-        encoder = Encoder(self.encoder, self.max_query_tokens)
+        encoder = Encoder(model_folder(self.encoder), self.max_query_tokens)
         vectors = load_file(folder / VECTORS)["vectors"].to(encoder.place)
         return EmbeddingRouter(card, graph, self, encoder, vectors)
 
@@ -84,43 +83,6 @@ class EmbeddingRouter(Router):
         cosines = self._encoder(list(queries)) @ self._vectors.T
         scores = (cosines / self._temperature).softmax(dim=1).tolist()
         return [Guess(row, row.index(max(row)), query) for row, query in zip(scores, queries, strict=True)]
-
-
-class Encoder:
-    """Texts to vectors of length 1 by an encoder of transformers, pooled by the mean over tokens."""
-
-    def __init__(self, name: str, max_tokens: int, batch_size: int = 32) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        folder = model_folder(name)
-        self.place = device()
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self._model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self.place).eval()
-        limit = getattr(self._model.config, "max_position_embeddings", None) or max_tokens
-        self._max_tokens = min(max_tokens, limit)
-        self._batch_size = batch_size
-
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(texts, width) vectors."""
-        starts = range(0, len(texts), self._batch_size)
-        parts = [
-            self._embed(texts[s : s + self._batch_size]) for s in track(starts, "embedding", len(starts))
-        ]
-        return torch.cat(parts)
-
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        batch = self._tokenizer(
-            list(texts),
-            padding=True,
-            truncation=True,
-            max_length=self._max_tokens,
-            split_special_tokens=True,  # "[SEP]" in a query is text
-            return_tensors="pt",
-        ).to(self.place)
-        states = self._model(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1)
-        return functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1), dim=1)
 
 
 def centroids(embedded: Tensor, labels: Sequence[int], otherwise: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from germane.core.chat import (
 from germane.core.errors import MissingExtra, SettingError
 from germane.core.evidence import Plot, Series
 from germane.core.progress import bar, track
+from germane.embedded import SMOLLM2, model_folder
 from germane.method import method
 from germane.tasks.route._graph import Graph
-from germane.tasks.route._models import SMOLLM2, model_folder
 from germane.tasks.route._router import Card, Example, Guess, RouteMethod, Router, Training
 from germane.tasks.route._tokens import (
     IGNORED,

@@ -9,10 +9,10 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from germane.core.saliency import Fence, Weights, top_share
 from germane.core.training import Hooks, build_optimiser
 from germane.method import method
 from germane.tasks.unlearn._unlearner import FineTuned, Pair, Work, mean_loss, require_classifier, watch_all
-from germane.tasks.unlearn.salun import Fence, Weights, top_share
 
 _PRUNED = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)  # layers whose weights are pruned
 
