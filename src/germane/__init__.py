@@ -22,9 +22,11 @@ __all__ = [
     "edit",
     "erase",
     "evaluate",
+    "ground",
     "load_edited",
     "merge",
     "read_recipe",
+    "reason",
     "route",
     "run",
     "synthesize",
@@ -279,3 +281,66 @@ def erase(
 
     given = {"model": str(model), "concept": str(concept), "forget": forget, "keep": keep, **arguments}
     return run_task("erase", method, given, settings or {}, out, seed=seed, overwrite=overwrite)
+
+
+def reason(
+    model: str,
+    questions: Any,
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    demonstrations: Any = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Answer questions with a chat model, by a way of prompting; see `germane explain reason`.
+
+    Args:
+        model: A folder, a hub id, or an address, "http://HOST/v1#MODEL".
+        questions: "path", "name=path", a mapping, or `Data`.
+        method: Name of the method, such as "direct".
+        out: Folder of the answers and of every call.
+        demonstrations: Solved questions that may be shown.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        **settings: The method's settings.
+    """
+    from germane.recipe import run_task
+
+    arguments = {"model": str(model), "questions": questions, "demonstrations": demonstrations}
+    return run_task("reason", method, arguments, settings, out, seed=seed, overwrite=overwrite)
+
+
+def ground(
+    model: str,
+    questions: Any,
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    demonstrations: Any = None,
+    distractors: Sequence[int] = (),
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Answer questions from passages; see `germane explain ground`.
+
+    Args:
+        model: A folder, a hub id, or an address, "http://HOST/v1#MODEL".
+        questions: Records with passages: "path", "name=path", a mapping, or `Data`.
+        method: Name of the method, such as "plain".
+        out: Folder of the answers and of every call.
+        demonstrations: Solved questions that may be shown.
+        distractors: Numbers of passages that are not right to put beside those that are.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        **settings: The method's settings.
+    """
+    from germane.recipe import run_task
+
+    arguments = {
+        "model": str(model), "questions": questions, "demonstrations": demonstrations,
+        "distractors": list(distractors),
+    }  # fmt: skip
+    return run_task("ground", method, arguments, settings, out, seed=seed, overwrite=overwrite)

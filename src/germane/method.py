@@ -23,7 +23,16 @@ from germane.core.errors import UnknownName, nearest
 from germane.core.settings import Settings, validate
 
 Need = Literal[
-    "data", "labels", "chat model", "training", "retain", "general", "language model", "classifier"
+    "data",
+    "labels",
+    "chat model",
+    "training",
+    "retain",
+    "general",
+    "demonstrations",
+    "passages",
+    "language model",
+    "classifier",
 ]
 MethodType = TypeVar("MethodType", bound="type[Method]")
 

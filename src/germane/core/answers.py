@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 _ARTICLES = ("a", "an", "the")
 
@@ -33,3 +34,15 @@ def says(written: str, answer: str) -> bool:
     """Whether what was written is the answer, or begins with it."""
     found, wanted = normalise(written).split(), normalise(answer).split()
     return bool(wanted) and found[: len(wanted)] == wanted
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers in a text, in their order; commas within them are left out."""
+    return [float(found.replace(",", "")) for found in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)]
+
+
+def overlap(written: str, answer: str) -> float:
+    """F1 of the words that two texts share, as in SQuAD."""
+    said, wanted = normalise(written).split(), normalise(answer).split()
+    shared = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
