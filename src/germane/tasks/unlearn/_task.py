@@ -299,9 +299,13 @@ class _Run:
         work = self._work(self.retain_rows, start)
         watch = Watch(limits, work.forget, self._aside(work.loaded), self.scratch / _WEIGHTS)
         work.after_epoch, work.restore = watch.after_epoch, watch.restore
+        work.has_good = lambda: watch.best is not None
         method.unlearn(work)
         work.loaded.save(folder)
         trial.seen, trial.epoch, trial.spent = watch.best, watch.epoch, watch.spent
+        if work.diverged:
+            trial.error = f"{work.diverged} The best epoch before it is kept."
+            self.step.findings.append(_diverged(trial.error))
         if trial.seen is None:
             trial.seen = look(work.forget, self._aside(work.loaded))
 

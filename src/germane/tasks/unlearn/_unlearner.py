@@ -16,7 +16,7 @@ from germane.core.errors import SettingError
 from germane.core.evidence import Plot, Series, Step
 from germane.core.models import Loaded
 from germane.core.objective import Batch, Task
-from germane.core.training import Hooks, Training, finish, fit, prepare
+from germane.core.training import Diverged, Hooks, Training, finish, fit, prepare
 from germane.method import Method
 
 
@@ -39,6 +39,8 @@ class Work:
         scratch: A folder for what has to be put aside; what one trial leaves there, the next finds.
         after_epoch: Looks at the model after each epoch; says whether to end.
         restore: Puts the best weights that `after_epoch` saw back.
+        has_good: Whether `after_epoch` saw any that are within the budget.
+        diverged: Why training ended early, where what was good before is the result.
         adapted: While adapters are trained, PEFT's model around the model.
     """
 
@@ -52,6 +54,8 @@ class Work:
     scratch: Path
     after_epoch: Callable[[int], bool] = _go_on
     restore: Callable[[], None] = lambda: None
+    has_good: Callable[[], bool] = lambda: False
+    diverged: str = ""
     adapted: Any = None
 
     @property
@@ -145,14 +149,20 @@ class FineTuned(Unlearner, Training):
         self.begin(work)
         model = work.adapted = prepare(work.model, self)
         model.train()
-        history = fit(
-            model, self, lambda epoch: self.pairs(work, epoch), self.length(work),
-            lambda pair: self.loss(work, pair), self.hooks(work),
-            optimiser=self.make_optimiser(work), label=self.name,
-        )  # fmt: skip
+        losses: list[float] = []
+        try:
+            losses = fit(
+                model, self, lambda epoch: self.pairs(work, epoch), self.length(work),
+                lambda pair: self.loss(work, pair), self.hooks(work),
+                optimiser=self.make_optimiser(work), label=self.name,
+            ).losses  # fmt: skip
+        except Diverged as error:
+            if not work.has_good():
+                raise
+            work.diverged = str(error)
         work.restore()
         work.loaded.model = finish(model)
-        plot_losses(work.step, self.name, history.losses)
+        plot_losses(work.step, self.name, losses)
 
     def make_optimiser(self, work: Work) -> torch.optim.Optimizer | None:
         """An optimiser of the method's own, or None for the settings' one."""
