@@ -22,21 +22,23 @@ import numpy as np
 import torch
 
 from germane.claims import interval, write_section
+from germane.core.answers import says
 from germane.core.chat import Call, ChatSettings, Conversation, Reply
+from germane.core.embedding import Encoder
 from germane.core.records import Data, open_rows, write_jsonl
 from germane.edited import Edit, Editing
+from germane.embedded import minilm
 from germane.tasks.edit import eren
-from germane.tasks.edit._measures import says
 from germane.tasks.edit._records import read_edits
 
-SEEDS = (1, 2, 3)
+SEEDS = (4, 5, 6)  # 1 to 3 were seen before the reader was changed
 EDITS, TUNED = 200, 50
 ASKED = 5  # questions about the same subject, of an edit at most
 COST = 0.03  # of success, that the gate may have on the edits it is tuned on
 GRID = [round(0.02 * step, 2) for step in range(1, 48)]
 BY_HEART = "what the untouched model says"
 VARIANTS = ("no gate (one step)", "**gate**", "gate by the subject")
-Scores = Callable[[eren.Encoder, Sequence[tuple[str, Edit]]], torch.Tensor]
+Scores = Callable[[Encoder, Sequence[tuple[str, Edit]]], torch.Tensor]
 
 
 class ByHeart:
@@ -53,11 +55,11 @@ class ByHeart:
         return [Reply(BY_HEART, "stop", 0, 0, 0.0) for _ in conversations]
 
 
-class Remembering(eren.Encoder):
+class Remembering(Encoder):
     """The encoder, which reads each text once, since the same texts are asked of every gate."""
 
     def __init__(self) -> None:
-        super().__init__(eren.MINILM)
+        super().__init__(minilm())
         self.known: dict[str, torch.Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -70,7 +72,7 @@ class Remembering(eren.Encoder):
 ENCODER = Remembering()
 
 
-def by_subject(encoder: eren.Encoder, pairs: Sequence[tuple[str, Edit]]) -> torch.Tensor:
+def by_subject(encoder: Encoder, pairs: Sequence[tuple[str, Edit]]) -> torch.Tensor:
     """1 where the note's subject is named in the question."""
     return torch.tensor([float(edit.subject.lower() in question.lower()) for question, edit in pairs])
 
@@ -158,7 +160,7 @@ Fixed beforehand: success within 5 points of no gate, at least 30 points more pr
 by a gate that opens wherever the subject is named. No language model reads here: the embedded ones are too small to
 say "unanswerable", so the paper's prompts are not measured. In a first run any of the five nearest notes that passed
 could answer; the tuned gates then were 0.20 to 0.26 and preserved 1.5 %, since notes on the same relation of other
-subjects passed. A gate of this kind is sound for one note only."""
+subjects passed. The reader was then changed to the nearest note alone, and measured on fresh draws."""
 
 
 if __name__ == "__main__":

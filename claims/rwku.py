@@ -121,7 +121,7 @@ def verdict(found: dict[str, list[list[float]]]) -> str:
             min(fell[NPO][:2]) >= 50,
         "questions alone rank refusal training first": mean[REFUSAL][1] <= min(m[1] for m in mean.values()),
         f"gradient ascent costs neighbours {fell[ASCENT][2]:.0f} points and far facts "
-        f"{fell[ASCENT][3]:.0f} (more)": fell[ASCENT][2] > fell[ASCENT][3],
+        f"{fell[ASCENT][3]:.0f} (5 more)": fell[ASCENT][2] >= fell[ASCENT][3] + 5,
     }  # fmt: skip
     said = "; ".join(f"{'yes' if holds else 'no'}: {text}" for text, holds in parts.items())
     return f"{'Holds' if all(parts.values()) else 'Does not hold as stated'}. {said}."
@@ -137,7 +137,8 @@ people shares, and far facts all other questions.
 
 Read it with this in mind: the learning rate of each method is the lowest of 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4
 and 1e-3 at which recall on questions fell by 50 points on seed 0, which is not among the three; so the
-methods are compared at the same loss on questions, not each at its best. Refusal training depends on it: on
+methods are compared at the same loss on questions, not each at its best. All four columns were in view when the
+rates were chosen, after first rates had destroyed the model. Refusal training depends on it: on
 seed 0, at twice that rate, the model refuses everything, and cloze falls to 6."""
 
 
