@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from germane.core.errors import SettingError, nearest
+from germane.core.errors import RecordsError, SettingError, nearest
 from germane.core.records import Data, read_rows
 from germane.method import Method
 
@@ -44,3 +44,25 @@ class RoleMethod(Method):
                 )
             if names.count(name) > 1:
                 raise SettingError(f"data: the role {name!r} is given twice.")
+
+
+def require_fields(role: str, data: Data, names: Sequence[str]) -> None:
+    """Refuse records that lack one of these texts.
+
+    Raises:
+        RecordsError: With the first such record.
+    """
+    for number, row in enumerate(read_rows(data), 1):
+        if not all(isinstance(row.get(name), str) and row[name].strip() for name in names):
+            raise RecordsError(
+                f"{data.path}, record {number}: {role} needs {' and '.join(map(repr, names))}. "
+                f"Fields: {', '.join(row)}."
+            )
+
+
+def with_places(value: str, *places: str) -> str:
+    """A template in which every place is named; the `ValueError` of a settings class otherwise."""
+    missing = [place for place in places if place not in value]
+    if missing:
+        raise ValueError(f"must say where {missing[0].strip('{}')} goes, as {missing[0]}")
+    return value

@@ -106,10 +106,10 @@ def test_relearning_asks_only_what_was_not_trained_on(parts, monkeypatch, tmp_pa
 
 def test_bad_input_is_refused_before_work(parts, tmp_path):
     write_jsonl([{"text": "anna adler works as a baker ."}], tmp_path / "texts.jsonl")
-    with pytest.raises(RecordsError, match="forget needs fields 'prompt' and 'answer'"):
+    with pytest.raises(RecordsError, match="forget needs 'prompt' and 'answer'"):
         measure(parts, parts.model, tmp_path, records=tmp_path / "texts.jsonl")
-    with pytest.raises(SettingError, match="must say where the prompt goes"):
+    with pytest.raises(SettingError, match="must say where prompt goes"):
         measure(parts, parts.model, tmp_path, rephrasings=["tell me"])
-    with pytest.raises(SettingError, match="must say where prompt and beginning go"):
+    with pytest.raises(SettingError, match="must say where start goes"):
         measure(parts, parts.model, tmp_path, clue="{prompt}")
     assert not (tmp_path / "out").exists()

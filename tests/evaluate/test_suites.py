@@ -215,7 +215,7 @@ def test_questions_need_answers_and_both_sides_one_form(facts, tmp_path):
     with pytest.raises(RecordsError, match="must be texts if the forget records are"):
         muse(facts, tmp_path / "out", data=[*data.values(), f"holdout={facts.files['holdout-texts']}"])
     data["forget-questions"] = f"forget-questions={texts}"
-    with pytest.raises(RecordsError, match="record 1: a question needs fields"):
+    with pytest.raises(RecordsError, match="record 1: forget-questions needs"):
         muse(facts, tmp_path / "out", data=[*data.values(), f"holdout={facts.files['holdout']}"])
 
 

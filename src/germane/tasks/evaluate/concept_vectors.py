@@ -36,7 +36,7 @@ from germane.core.value_vectors import (
     word_tokens,
 )
 from germane.method import method
-from germane.roles import Records
+from germane.roles import Records, with_places
 from germane.suite import Measured, Suite
 from germane.tasks.evaluate.muse import rouge_l, scorer
 
@@ -192,9 +192,7 @@ class ConceptVectors(Suite):
     @field_validator("question")
     @classmethod
     def _has_a_place(cls, value: str) -> str:
-        if _QUESTION not in value:
-            raise ValueError(f"must say where the question goes, as {_QUESTION}")
-        return value
+        return with_places(value, _QUESTION)
 
     def check_records(self, records: Records) -> None:
         """Roles, the untouched model's path, and labels."""

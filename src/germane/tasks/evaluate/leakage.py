@@ -12,7 +12,6 @@ import torch
 from pydantic import Field, field_validator
 
 from germane.core.answers import contains
-from germane.core.errors import RecordsError
 from germane.core.evidence import Finding, Score, Step
 from germane.core.generation import continue_texts
 from germane.core.models import Loaded
@@ -21,7 +20,7 @@ from germane.core.records import Data, Row, read_rows
 from germane.core.statistics import wilson
 from germane.core.training import Training, fit, prepare
 from germane.method import method
-from germane.roles import Records
+from germane.roles import Records, require_fields, with_places
 from germane.suite import Measured, Suite
 
 DIRECT, REPHRASED, CLUES, TALK, RELEARNED, ANY = (
@@ -108,29 +107,19 @@ class Leakage(Suite):
     @field_validator("rephrasings")
     @classmethod
     def _have_a_place(cls, value: list[str]) -> list[str]:
-        for text in value:
-            if _PROMPT not in text:
-                raise ValueError(f"must say where the prompt goes, as {_PROMPT}")
-        return value
+        return [with_places(text, _PROMPT) for text in value]
 
     @field_validator("clue")
     @classmethod
     def _has_both_places(cls, value: str) -> str:
-        if value and not (_PROMPT in value and _START in value):
-            raise ValueError(f"must say where prompt and beginning go, as {_PROMPT} and {_START}")
-        return value
+        return with_places(value, _PROMPT, _START) if value else value
 
     def check_records(self, records: Records) -> None:
         """Roles, and a prompt and an answer in every record."""
         super().check_records(records)
         for role in records.keys() & {*self.roles, *self.optional}:
             data = records[role]
-            for number, row in enumerate(read_rows(data), 1):
-                if not (isinstance(row.get(data.prompt), str) and isinstance(row.get(data.answer), str)):
-                    raise RecordsError(
-                        f"{data.path}, record {number}: {role} needs fields {data.prompt!r} and "
-                        f"{data.answer!r}. Fields: {', '.join(row)}."
-                    )
+            require_fields(role, data, [data.prompt, data.answer])
 
     def score(
         self, subject: str, loaded: Loaded, records: Records, calibration: Any, step: Step

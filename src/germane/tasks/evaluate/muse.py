@@ -23,7 +23,7 @@ from germane.core.objective import Task
 from germane.core.records import Data, Row, read_rows
 from germane.core.statistics import bootstrap_mean
 from germane.method import method
-from germane.roles import Records
+from germane.roles import Records, require_fields, with_places
 from germane.suite import Measured, Suite
 
 VERBATIM, KNOWLEDGE, UTILITY = "VerbMem", "KnowMem", "KnowMem utility"
@@ -106,22 +106,14 @@ class Muse(Suite):
     @field_validator("question")
     @classmethod
     def _has_a_place(cls, value: str) -> str:
-        if _QUESTION not in value:
-            raise ValueError(f"must say where the question goes, as {_QUESTION}")
-        return value
+        return with_places(value, _QUESTION)
 
     def check_records(self, records: Records) -> None:
         """Roles, their fields, and the library of ROUGE."""
         super().check_records(records)
         scorer()
         for role in ("forget-questions", "retain-questions"):
-            data = records[role]
-            for number, row in enumerate(read_rows(data), 1):
-                if not (isinstance(row.get(data.prompt), str) and isinstance(row.get(data.answer), str)):
-                    raise RecordsError(
-                        f"{data.path}, record {number}: a question needs fields {data.prompt!r} and "
-                        f"{data.answer!r}. Fields: {', '.join(row)}."
-                    )
+            require_fields(role, records[role], [records[role].prompt, records[role].answer])
         kinds = {_has_prompts(records[role]) for role in ("forget", "holdout")}
         if len(kinds) > 1:
             raise RecordsError(

@@ -25,7 +25,7 @@ from germane.core.objective import Task, token_losses
 from germane.core.records import Data, Row, read_rows
 from germane.core.statistics import bootstrap_mean
 from germane.method import method
-from germane.roles import Records
+from germane.roles import Records, require_fields, with_places
 from germane.suite import Measured, Suite
 
 RECALL, CONTAINED = "recall", "containment"
@@ -141,9 +141,7 @@ class RWKU(Suite):
     @field_validator("cloze", "question")
     @classmethod
     def _has_a_place(cls, value: str) -> str:
-        if _QUESTION not in value:
-            raise ValueError(f"must say where the question goes, as {_QUESTION}")
-        return value
+        return with_places(value, _QUESTION)
 
     def check_records(self, records: Records) -> None:
         """Roles and their fields."""
@@ -151,13 +149,9 @@ class RWKU(Suite):
         for role in records.keys() & {*PROBES, *FAMILIAR}:
             data = records[role]
             wanted = [data.text] if role in FAMILIAR else [data.prompt, data.answer]
-            for number, row in enumerate(read_rows(data), 1):
-                if not all(isinstance(row.get(name), str) for name in wanted):
-                    raise RecordsError(
-                        f"{data.path}, record {number}: {role} needs {' and '.join(map(repr, wanted))}. "
-                        f"Fields: {', '.join(row)}."
-                    )
-                if role == "level3":
+            require_fields(role, data, wanted)
+            if role == "level3":
+                for number, row in enumerate(read_rows(data), 1):
                     form_of(row, f"{data.path}, record {number}")
 
     def score(

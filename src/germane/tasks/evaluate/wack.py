@@ -28,7 +28,7 @@ from germane.core.records import Data, Row, read_rows
 from germane.core.statistics import wilson
 from germane.core.value_vectors import jaccard
 from germane.method import method
-from germane.roles import Records
+from germane.roles import Records, require_fields
 from germane.suite import Measured, Suite
 
 IGNORANT, UNCLEAR, ERRING, FACTUAL = "HK-", "unclear", "HK+", "factual"
@@ -144,7 +144,7 @@ class Wack(Suite):
         for role, data in records.items():
             if role in (*self.roles, *self.optional):
                 wrong = ["wrong"] if role == "generic" else []
-                _require_fields(data, ["prompt", "answer", *wrong])
+                require_fields(role, data, [data.prompt, data.answer, *wrong])
         self.plan(records)
 
     def plan(self, records: Records) -> tuple[list[Row], Prefixes]:
@@ -546,17 +546,6 @@ def _svc() -> Any:
     except ImportError:
         raise MissingExtra("scikit-learn", "suites", "evaluate/wack") from None
     return LinearSVC
-
-
-def _require_fields(data: Data, meanings: Sequence[str]) -> None:
-    for number, row in enumerate(read_rows(data), 1):
-        for meaning in meanings:
-            name = {"prompt": data.prompt, "answer": data.answer}.get(meaning, meaning)
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise RecordsError(
-                    f"{data.path}, record {number}: has no text in field {name!r}. "
-                    f"Fields: {', '.join(row)}."
-                )
 
 
 def _pair(data: Data, row: Row) -> Row:
