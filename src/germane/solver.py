@@ -390,8 +390,11 @@ def chosen_option(text: str, options: Sequence[str]) -> str:
     the last one.
     """
     letters = _LETTERS[: len(options)]
-    patterns = (rf"answer[^A-Za-z]*(?:is[^A-Za-z]*)?\(?([{letters}])\b", rf"^\W*([{letters}])(?:[.):]|\s*$)",
-                rf"\(([{letters}])\)")  # fmt: skip
+    patterns = (
+        rf"answer[^A-Za-z]*(?:is[^A-Za-z]*)?\(?([{letters}])\b",
+        rf"^\W*([{letters}])(?:[.):]|\s*$)",
+        rf"\(([{letters}])\)",
+    )
     for pattern in patterns:
         found = re.findall(pattern, text, flags=re.IGNORECASE if "answer" in pattern else 0)
         if found:
