@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from germane.claims import interval, write_section
 from germane.core.backpack import BackpackConfig, BackpackForCausalLM, Sense
-from germane.core.chat import LocalChat
+from germane.core.local_chat import LocalChat
 from germane.core.models import Loaded
 from germane.edited import Edit, Editing
 from germane.tasks.edit._canonical import CanonicalTuning, General

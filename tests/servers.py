@@ -10,21 +10,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[[dict[str, Any]], str]
+SAID = {
+    "broken": '{"choices": [{"mess',
+    "empty": "",
+    "odd": '{"hello": "world"}',
+    "none": '{"choices": []}',
+}
 
 
 class ChatServer:
-    """Answers `/v1/chat/completions`.
+    """Answers `/v1/chat/completions`, and `/v1/completions` where it is told how.
 
     Attributes:
         answer: Request -> text of the answer.
-        faults: What to do with the next requests instead, one each: a status, "broken" (no JSON),
-            "odd" (JSON, but no completion), or "slow".
+        score: Request -> what it says of log-probabilities, as the protocol has it; None: nothing.
+        faults: What to do with the next requests instead, one each: a status, "broken" (half a JSON),
+            "empty", "cut" (the connection ends in the middle), "gone" (before it began), "odd" (JSON, but
+            no completion), "none" (no choice), "slow", or None for nothing.
+        retry_after: What it says with status 429.
         requests: Every request's body, in the order of arrival.
     """
 
     def __init__(self) -> None:
         self.answer: Answer = lambda request: f"{request['model']}: {request['messages'][-1]['content']}"
-        self.faults: list[int | str] = []
+        self.score: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        self.faults: list[int | str | None] = []
+        self.retry_after = "0.01"
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         server = self
@@ -45,6 +56,10 @@ class ChatServer:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.die()
+
+    def die(self) -> None:
+        """Answer nobody any more."""
         self._http.shutdown()
         self._http.server_close()
 
@@ -57,21 +72,45 @@ class ChatServer:
             return self._send(handler, fault, json.dumps({"error": {"message": f"told to say {fault}"}}))
         if fault == "slow":
             time.sleep(1.0)
-        if fault == "broken":
-            return self._send(handler, 200, '{"choices": [{"mess')
-        if fault == "odd":
-            return self._send(handler, 200, '{"hello": "world"}')
-        if handler.path != "/v1/chat/completions":
+        if fault in ("cut", "gone"):
+            return self._cut(handler, fault == "cut")
+        if isinstance(fault, str) and fault in SAID:
+            return self._send(handler, 200, SAID[fault])
+        kinds = {"/v1/chat/completions": self._completion}
+        if self.score is not None:
+            kinds["/v1/completions"] = self._repetition
+        if handler.path not in kinds:
             return self._send(handler, 404, '{"error": {"message": "not here"}}')
-        return self._send(handler, 200, json.dumps(self._completion(request)))
+        return self._send(handler, 200, json.dumps(kinds[handler.path](request), default=float))
+
+    def _cut(self, handler: BaseHTTPRequestHandler, begun: bool) -> None:
+        if begun:
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            handler.wfile.write(b'{"choices": [')
+        handler.close_connection = True
 
     def _completion(self, request: dict[str, Any]) -> dict[str, Any]:
         message = {"role": "assistant", "content": self.answer(request)}
         return {
             "id": "1", "object": "chat.completion", "created": 0, "model": request["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop", **self._scores(request)}],
             "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
         }  # fmt: skip
+
+    def _repetition(self, request: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": 0, "text": "", "finish_reason": "length", **self._scores(request)}
+        read = len(request["prompt"])
+        return {
+            "id": "1", "object": "text_completion", "created": 0, "model": request["model"],
+            "choices": [choice],
+            "usage": {"prompt_tokens": read, "completion_tokens": 1, "total_tokens": read + 1},
+        }  # fmt: skip
+
+    def _scores(self, request: dict[str, Any]) -> dict[str, Any]:
+        asked = self.score is not None and "logprobs" in request
+        return {"logprobs": self.score(request)} if asked else {}
 
     def _send(self, handler: BaseHTTPRequestHandler, status: int, text: str) -> None:
         body = text.encode()
@@ -80,7 +119,7 @@ class ChatServer:
             handler.send_header("Content-Type", "application/json")
             handler.send_header("Content-Length", str(len(body)))
             if status == 429:
-                handler.send_header("Retry-After", "0.01")
+                handler.send_header("Retry-After", self.retry_after)
             handler.end_headers()
             handler.wfile.write(body)
         except OSError:

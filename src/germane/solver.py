@@ -19,6 +19,7 @@ from pydantic import Field
 
 from germane.core.answers import contains, normalise, numbers, overlap
 from germane.core.chat import ChatModel, ChatSettings, Conversation, is_address, open_chat
+from germane.core.chat_cache import CachedChat
 from germane.core.checkpoint import Checkpoint, digest, locate
 from germane.core.errors import RecordsError, SettingError, nearest
 from germane.core.evidence import Score, Step
@@ -26,6 +27,7 @@ from germane.core.models import names_language_model
 from germane.core.progress import announce
 from germane.core.records import Data, Row, open_rows, write_jsonl
 from germane.core.statistics import bootstrap_mean, wilson
+from germane.embedded import cache_folder
 from germane.job import Job, is_reference
 from germane.method import Method
 
@@ -185,6 +187,9 @@ class Solve(Job):
     )
     questions: Data = Field(description="the questions, as path or name=path")
     demonstrations: Data | None = Field(default=None, description="solved questions that may be shown")
+    cache: bool = Field(
+        default=True, description="keep every reply in germane's cache, and ask nothing twice"
+    )
 
     def check(self, method: Method) -> None:
         """Records, model and what the method asks of both, before any work."""
@@ -221,7 +226,7 @@ class Solve(Job):
         questions = self.read(self.questions)
         shown = self.read(self.demonstrations) if self.demonstrations else []
         announce(f"{method.name}: {len(questions)} questions to {self.model}")
-        solving = Solving(open_chat(self.model), shown, seed, step)
+        solving = Solving(self.open(), shown, seed, step)
         with step.stage("solve"):
             for suffix, asked in self.variants(questions, seed).items():
                 answers = method.solve(solving, asked)
@@ -232,6 +237,11 @@ class Solve(Job):
         step.facts["calls"] = len(solving.calls)
         step.facts["tokens read"] = sum(call["prompt_tokens"] for call in solving.calls)
         step.facts["tokens written"] = sum(call["completion_tokens"] for call in solving.calls)
+
+    def open(self) -> ChatModel:
+        """The model, asked through the cache if there is to be one."""
+        chat = open_chat(self.model)
+        return CachedChat(chat, cache_folder() / "answers.sqlite3") if self.cache else chat
 
     def _digests(self) -> dict[str, str]:
         files = [Path(d.path) for d in (self.questions, self.demonstrations) if d is not None]

@@ -61,7 +61,7 @@ def parts(tmp_path_factory):
 
 def arguments(parts, **changes):
     made, folder = parts
-    given = {"model": str(made.model), "questions": str(folder / "questions.jsonl")}
+    given = {"model": str(made.model), "questions": str(folder / "questions.jsonl"), "cache": False}
     return {**given, "demonstrations": str(folder / "shown.jsonl"), **changes}
 
 
@@ -79,7 +79,8 @@ def test_every_question_has_an_answer_and_every_call_is_noted(name, parts, tmp_p
     assert all({"answer", "response", "uses", "right"} <= row.keys() for row in rows)
     file = result.folder / "calls.jsonl"
     calls = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {call["question"] for call in calls} <= {"anna", "boris", "clara"}
+    shown = set(map(str, range(6)))
+    assert {call["question"] for call in calls} <= {"anna", "boris", "clara"} | shown
     assert all(call["purpose"] and call["messages"] for call in calls)
     assert {score.metric for score in result.scores} == {"accuracy", "word overlap"}
     assert zoo.digest([parts[0].model]) == before
@@ -179,6 +180,16 @@ def test_methods_that_show_solved_questions_need_some(parts, tmp_path):
         if "demonstrations" in registry.load(name).information.needs:
             with pytest.raises(SettingError, match="--demonstrations FILE"):
                 solve(name, tmp_path / "out", arguments(parts, demonstrations=None))
+
+
+def test_what_was_asked_before_is_answered_from_the_cache(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("GERMANE_CACHE", str(tmp_path / "cache"))
+    texts = []
+    for number in range(2):
+        result = solve("reason/direct", tmp_path / str(number), arguments(parts, cache=True))
+        texts.append((result.folder / "answers.jsonl").read_text())
+    assert texts[0] == texts[1]
+    assert (tmp_path / "cache" / "answers.sqlite3").exists()
 
 
 def test_the_tasks_have_their_arguments():

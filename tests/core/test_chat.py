@@ -1,26 +1,28 @@
-"""Chat models, local and behind a server of this machine that speaks the protocol."""
+"""Conversations as tokens, and models in this process that answer and score them."""
 
 from __future__ import annotations
 
 import zoo  # first: sets the environment before transformers is imported
 
 # isort: split
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from servers import ChatServer
 
 from germane import embedded
 from germane.core import chat
-from germane.core.chat import ChatSettings, EndpointChat, LocalChat
-from germane.core.errors import CheckpointError, EndpointError
+from germane.core.chat import ChatSettings
+from germane.core.errors import CheckpointError, SettingError
+from germane.core.local_chat import LocalChat, batches
 
 TURNS = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}w9{% endif %}"
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+
+
+QUESTIONS = ["w1 w2 w3 w4 w5", "w7", "w8 w9", "w10 w11 w12", "w13"]
 
 
 def asked(text: str) -> list[dict[str, str]]:
@@ -33,24 +35,13 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> LocalChat:
     model = zoo.make(transformers.LlamaForCausalLM, zoo.llama_config())
     model.get_input_embeddings().weight.data *= 10  # so that it says more than one thing
     zoo.save(model, folder)
-    return LocalChat.load(str(folder), batch_size=2)
-
-
-@pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with ChatServer() as running:
-        yield running
-
-
-def remote(server: ChatServer, **options: float) -> EndpointChat:
-    return EndpointChat(server.url, "tiny", **options)  # type: ignore[arg-type]
+    return LocalChat.load(str(folder), batch_tokens=40)
 
 
 def test_batches_say_what_each_says_alone(local: LocalChat):
     """Greedy answers are those of transformers without batch, padding or cache."""
-    questions = ["w1 w2 w3 w4 w5", "w7", "w8 w9", "w10 w11 w12", "w13"]
-    replies = local.answer([asked(text) for text in questions], ChatSettings(max_tokens=6))
-    for text, reply in zip(questions, replies, strict=True):
+    replies = local.answer([asked(text) for text in QUESTIONS], ChatSettings(max_tokens=6))
+    for text, reply in zip(QUESTIONS, replies, strict=True):
         tokens = chat.encode_conversation(local.tokenizer, asked(text))
         read = len(tokens)
         while len(tokens) < read + 6:
@@ -178,68 +169,79 @@ def test_folders_that_are_no_language_model(tmp_path: Path):
         LocalChat.load(str(tmp_path))
 
 
-def test_an_endpoint_answers_many_in_their_order(server: ChatServer):
-    model = remote(server)
-    settings = ChatSettings(max_tokens=7, temperature=0.5, stop=["."], seed=3)
-    replies = model.answer([asked(str(n)) for n in range(9)], settings)
-    assert [reply.text for reply in replies] == [f"tiny: {n}" for n in range(9)]
-    assert (replies[0].prompt_tokens, replies[0].completion_tokens, replies[0].finish) == (3, 5, "stop")
-    sent = server.requests[0]
-    assert (sent["max_tokens"], sent["temperature"], sent["stop"], sent["seed"]) == (7, 0.5, ["."], 3)
-    assert len(model.calls) == 9
-    assert model.calls[4].messages == asked("4")
+def scored_plainly(local: LocalChat, prompt: list[int], tokens: list[int]) -> float:
+    """One token after the other, each in a text of its own, without batch, padding or mask."""
+    total = 0.0
+    for place in range(len(tokens)):
+        with torch.no_grad():
+            logits = local.model(input_ids=torch.tensor([prompt + tokens[:place]])).logits[0, -1]
+        total += float(logits.double().log_softmax(-1)[tokens[place]])
+    return total
 
 
-def test_a_local_model_behind_an_endpoint_says_the_same(server: ChatServer, local: LocalChat):
-    settings = ChatSettings(max_tokens=5)
-    server.answer = lambda request: local.answer([request["messages"]], settings)[0].text
-    assert (
-        remote(server).answer([asked("w1 w2")], settings)[0].text
-        == local.answer([asked("w1 w2")], settings)[0].text
-    )
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_log_probabilities_in_batches_are_those_of_each_alone(architecture: str):
+    """Absolute and rotary positions; continuations of unlike lengths after prompts of unlike lengths."""
+    kind = {"llama": transformers.LlamaForCausalLM, "gpt2": transformers.GPT2LMHeadModel}[architecture]
+    config = {"llama": zoo.llama_config, "gpt2": zoo.gpt2_config}[architecture]()
+    chosen = LocalChat(zoo.make(kind, config), zoo.tokenizer(), "tiny", batch_tokens=80)
+    continuations = ["w3", "w4 w5 w6 w7", "w8 w9", "w1 w2 w3 w4 w5 w6", "w20"]
+    found = chosen.log_probabilities([asked(text) for text in QUESTIONS], continuations)
+    for text, continuation, score in zip(QUESTIONS, continuations, found, strict=True):
+        prompt = chat.encode_conversation(chosen.tokenizer, asked(text))
+        tokens = chosen.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        assert score.tokens == len(tokens)
+        assert score.log_probability == pytest.approx(scored_plainly(chosen, prompt, tokens), abs=1e-4)
 
 
-@pytest.mark.parametrize("faults", [[429], [500, 503], ["slow"]])
-def test_passing_faults_are_tried_again(server: ChatServer, faults: list[int | str]):
-    server.faults = list(faults)
-    reply = remote(server, timeout=0.4).answer([asked("x")])[0]
-    assert (reply.text, reply.retries) == ("tiny: x", len(faults))
-    assert len(server.requests) == len(faults) + 1
+def test_options_are_scored_by_the_first_token_of_the_answer(local: LocalChat):
+    options = ["w3", "w4", "w59"]
+    found = local.option_log_probabilities([asked(text) for text in QUESTIONS], options)
+    for text, scores in zip(QUESTIONS, found, strict=True):
+        singly = [local.log_probabilities([asked(text)], [option])[0] for option in options]
+        assert list(scores.values()) == pytest.approx([one.log_probability for one in singly], abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("fault", "message", "requests"),
-    [
-        (500, r"tiny at http.*: answers with status 500: .*told to say 500", 2),
-        (429, "answers with status 429", 2),
-        (400, "answers with status 400", 1),
-        (401, "refuses the key; put a valid one into the environment variable OPENAI_API_KEY", 1),
-        (404, "knows no such address or model; the address mostly ends in /v1", 1),
-        ("slow", "no answer within 0.4 seconds, asked 2 times", 2),
-        ("broken", "is no chat completion: .*is it an OpenAI-compatible server", 1),
-        ("odd", "is no chat completion: .*hello", 1),
-    ],
-)
-def test_lasting_faults_are_one_clear_error(
-    server: ChatServer, fault: int | str, message: str, requests: int
-):
-    server.faults = [fault] * 5
-    with pytest.raises(EndpointError, match=message):
-        remote(server, timeout=0.4, retries=1).answer([asked("x")])
-    assert len(server.requests) == requests
+def test_what_cannot_be_scored(local: LocalChat):
+    with pytest.raises(SettingError, match="has no tokens, so there is nothing to score"):
+        local.log_probabilities([asked("w1")], [""])
+    with pytest.raises(SettingError, match="'w3 w4': is no token of "):
+        local.option_log_probabilities([asked("w1")], ["w3 w4"])
+    with pytest.raises(SettingError, match="has 66 tokens with its continuation, and .* reads 64 at most"):
+        local.log_probabilities([asked("w1")], ["w1 " * 64])
 
 
-def test_nobody_there():
-    model = EndpointChat("http://127.0.0.1:9/v1", "tiny", retries=0)
-    with pytest.raises(EndpointError, match="cannot be reached; is the server running"):
-        model.answer([asked("x")])
+def test_batches_hold_like_lengths_within_the_budget():
+    found = list(batches([10, 3, 3, 9, 50, 2], 20))
+    assert found == [[5, 1, 2], [3, 0], [4]]  # 3 x 3, 2 x 10, and one that is too long for any company
 
 
-def test_the_key_comes_from_the_environment_variable_named(
-    server: ChatServer, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("MY_KEY", "secret")
-    model = EndpointChat(server.url, "tiny", key="MY_KEY")
-    model.answer([asked("x")])
-    assert server.headers[0]["authorization"] == "Bearer secret"
-    assert "secret" not in repr(model)
+def test_a_fingerprint_knows_changed_weights_and_settings_of_generation(local: LocalChat):
+    before = local.fingerprint()
+    weight = local.model.get_input_embeddings().weight.data
+    weight[5, 5] += 1
+    assert local.fingerprint() != before
+    weight[5, 5] -= 1
+    local.model.generation_config.repetition_penalty = 1.5
+    assert local.fingerprint() != before
+    local.model.generation_config.repetition_penalty = None
+
+
+@pytest.mark.slow
+def test_padding_does_not_move_a_real_model(smollm2: transformers.PreTrainedTokenizerFast):
+    """Greedy answers and scores of SmolLM2 in float32, in one padded batch and one at a time."""
+    loaded, _ = chat.load_language_model(str(embedded.smollm2()), dtype=torch.float32)
+    questions = [
+        "Hi",
+        "Name three colours.",
+        "What is the capital of France, and which river runs through it?",
+    ]
+    conversations = [asked(text) for text in questions]
+    together = LocalChat(loaded, smollm2, "smollm2")
+    alone = LocalChat(loaded, smollm2, "smollm2", batch_tokens=1)
+    settings = ChatSettings(max_tokens=12)
+    texts = [[reply.text for reply in one.answer(conversations, settings)] for one in (together, alone)]
+    assert texts[0] == texts[1]
+    scores = [one.log_probabilities(conversations, texts[0]) for one in (together, alone)]
+    for one, other in zip(*scores, strict=True):
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4 * one.tokens)

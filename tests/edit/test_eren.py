@@ -18,9 +18,11 @@ import torch
 import transformers
 from servers import ChatServer
 
-from germane.core.chat import ChatSettings, EndpointChat, LocalChat
+from germane.core.chat import ChatSettings
 from germane.core.embedding import Encoder
+from germane.core.endpoint_chat import EndpointChat
 from germane.core.errors import CheckpointError
+from germane.core.local_chat import LocalChat
 from germane.core.models import load_model
 from germane.edited import Edit, Editing, load_edited
 from germane.embedded import minilm

@@ -6,14 +6,11 @@ A conversation is a list of messages, each a mapping with `role` ("system", "use
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,7 +18,7 @@ from torch import Tensor
 
 from germane.core.checkpoint import locate
 from germane.core.device import device
-from germane.core.errors import CheckpointError, EndpointError, MissingExtra, SettingError
+from germane.core.errors import CheckpointError, SettingError
 from germane.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -58,6 +55,7 @@ class Reply:
         completion_tokens: Tokens written.
         seconds: From asking to answer; of a batch, the batch's.
         retries: Times the server was asked again.
+        cached: Whether it was answered before, and nobody asked now.
     """
 
     text: str
@@ -66,6 +64,20 @@ class Reply:
     completion_tokens: int
     seconds: float
     retries: int = 0
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How likely a model finds a text.
+
+    Attributes:
+        log_probability: Natural, summed over the tokens.
+        tokens: How many the text has.
+    """
+
+    log_probability: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -78,130 +90,55 @@ class Call:
     reply: Reply
 
 
-class ChatModel(Protocol):
+class ChatModel(ABC):
     """Anything that answers conversations, and keeps a record of it in `calls`."""
 
     calls: list[Call]
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """What it is called in records."""
-        ...
 
-    def answer(
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A text that differs where another model would answer, so that no cache confuses them."""
+
+    @abstractmethod
+    def answer_each(
         self, conversations: Sequence[Conversation], settings: ChatSettings | None = None
-    ) -> list[Reply]:
-        """One reply for each conversation, in their order."""
-        ...
+    ) -> Iterator[tuple[int, Reply]]:
+        """The number of each conversation with its reply, as soon as it is there; nothing is recorded.
 
+        Raises:
+            EndpointError: A server did not answer, or not usefully; what did come was yielded before.
+        """
 
-@dataclass
-class LocalChat:
-    """A causal language model of transformers, in this process.
+    @abstractmethod
+    def log_probabilities(
+        self, conversations: Sequence[Conversation], continuations: Sequence[str]
+    ) -> list[Continuation]:
+        """How likely the model finds each continuation as the beginning of its conversation's answer.
 
-    Conversations go in batches, padded on the left, through the tokenizer's own chat template, and
-    are continued with a key-value cache.
+        The end of the answer is not counted.
 
-    Attributes:
-        model: The language model.
-        tokenizer: The model's own.
-        name: What it is called in records.
-        batch_size: Conversations at a time.
-        calls: Every call so far.
-    """
+        Raises:
+            SettingError: A continuation without tokens, or longer than what the model reads.
+            EndpointError: A server that gives no log-probabilities, or did not answer.
+        """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str = ""
-    batch_size: int = 8
-    calls: list[Call] = field(default_factory=list)
+    @abstractmethod
+    def option_log_probabilities(
+        self, conversations: Sequence[Conversation], options: Sequence[str]
+    ) -> list[dict[str, float]]:
+        """For each conversation, the log-probability that its answer's first token is each option.
 
-    @classmethod
-    def load(cls, path: str, batch_size: int = 8) -> LocalChat:
-        """The model of a folder or hub id."""
-        model, tokenizer = load_language_model(path)
-        return cls(model, tokenizer, path, batch_size)
+        Blanks around a token do not count, so " A" is the option "A" too.
 
-    def answer(
-        self, conversations: Sequence[Conversation], settings: ChatSettings | None = None
-    ) -> list[Reply]:
-        """One reply for each conversation, in their order."""
-        chosen = settings or ChatSettings()
-        prompts = [encode_conversation(self.tokenizer, messages) for messages in conversations]
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        replies: dict[int, Reply] = {}
-        for start in range(0, len(order), self.batch_size):
-            picked = order[start : start + self.batch_size]
-            found = self._generate([prompts[index] for index in picked], chosen)
-            replies.update(zip(picked, found, strict=True))
-        ordered = [replies[index] for index in range(len(prompts))]
-        self.calls += _calls(self.name, conversations, chosen, ordered)
-        return ordered
-
-    @torch.no_grad()
-    def _generate(self, prompts: list[list[int]], settings: ChatSettings) -> list[Reply]:
-        start = time.perf_counter()
-        tokens, mask = pad_left(prompts, padding(self.tokenizer), self.model.device)
-        sampled: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            output = self.model.eval().generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                max_new_tokens=settings.max_tokens,
-                do_sample=settings.temperature > 0,
-                pad_token_id=padding(self.tokenizer),
-                stopping_criteria=[stops_at(self.tokenizer, settings.stop, tokens.shape[1])],
-                **(sampled if settings.temperature > 0 else {}),
-            )
-        seconds = time.perf_counter() - start
-        rows = output[:, tokens.shape[1] :].tolist()
-        return [
-            self._reply(len(prompt), row, settings, seconds)
-            for prompt, row in zip(prompts, rows, strict=True)
-        ]
-
-    def _reply(self, read: int, row: list[int], settings: ChatSettings, seconds: float) -> Reply:
-        ends = _end_tokens(self.model, self.tokenizer)
-        length = next((place for place, token in enumerate(row) if token in ends), len(row))
-        text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
-        stops = [place for word in settings.stop if (place := text.find(word)) >= 0]
-        ended = length < len(row) or bool(stops) or len(row) < settings.max_tokens
-        text = text[: min(stops)] if stops else text
-        finish: Literal["stop", "length"] = "stop" if ended else "length"
-        return Reply(text, finish, read, min(length + 1, len(row)), seconds)
-
-
-@dataclass
-class EndpointChat:
-    """A model behind a server that speaks the OpenAI protocol: vLLM, llama.cpp, hosted.
-
-    Nothing is asked of the network before the first `answer`. Too many requests, server faults,
-    broken connections and time-outs are tried again, with growing pauses, at most `retries` times.
-
-    Attributes:
-        endpoint: The server's address, as "http://localhost:8000/v1".
-        model: The model's name on that server.
-        key: Environment variable that holds the key; servers of one's own need none.
-        timeout: Seconds to wait for an answer.
-        retries: Times to ask again.
-        parallel: Requests at a time.
-        calls: Every call so far.
-    """
-
-    endpoint: str
-    model: str
-    key: str = "OPENAI_API_KEY"
-    timeout: float = 120.0
-    retries: int = 4
-    parallel: int = 4
-    calls: list[Call] = field(default_factory=list)
-    _client: Any = field(default=None, repr=False)
-
-    @property
-    def name(self) -> str:
-        """The model and where it is."""
-        return f"{self.model} at {self.endpoint}"
+        Raises:
+            SettingError: An option that is no token of the model.
+            EndpointError: A server that gives no log-probabilities, or did not answer.
+        """
 
     def answer(
         self, conversations: Sequence[Conversation], settings: ChatSettings | None = None
@@ -209,90 +146,24 @@ class EndpointChat:
         """One reply for each conversation, in their order.
 
         Raises:
-            EndpointError: The server did not answer, or not usefully.
+            EndpointError: A server did not answer, or not usefully; what did come is in `calls`.
         """
         chosen = settings or ChatSettings()
-        if self._client is None:
-            self._client = self._connect()
-        with ThreadPoolExecutor(self.parallel) as pool:
-            replies = list(pool.map(lambda messages: self._ask(messages, chosen), conversations))
-        self.calls += _calls(self.name, conversations, chosen, replies)
-        return replies
-
-    def _connect(self) -> Any:
+        replies: dict[int, Reply] = {}
         try:
-            from openai import OpenAI
-        except ImportError:
-            raise MissingExtra("openai", "endpoints", f"asking {self.endpoint}") from None
-        key = os.environ.get(self.key) or "none"
-        return OpenAI(base_url=self.endpoint, api_key=key, timeout=self.timeout, max_retries=self.retries)
-
-    def _ask(self, messages: Conversation, settings: ChatSettings) -> Reply:
-        import openai
-
-        start = time.perf_counter()
-        try:
-            raw = self._client.chat.completions.with_raw_response.create(
-                model=self.model,
-                messages=[dict(message) for message in messages],
-                max_tokens=settings.max_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed,
-                **({"stop": settings.stop} if settings.stop else {}),
-            )
-        except openai.OpenAIError as error:
-            raise EndpointError(f"{self.name}: {self._reason(error)}") from None
-        return self._reply(raw, time.perf_counter() - start)
-
-    def _reason(self, error: Exception) -> str:
-        import openai
-
-        if isinstance(error, openai.APITimeoutError):
-            return f"no answer within {self.timeout:g} seconds, asked {self.retries + 1} times."
-        if isinstance(error, openai.APIConnectionError):
-            return "cannot be reached; is the server running, and the address right?"
-        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            return f"refuses the key; put a valid one into the environment variable {self.key}."
-        if isinstance(error, openai.NotFoundError):
-            return "knows no such address or model; the address mostly ends in /v1."
-        if isinstance(error, openai.APIStatusError):
-            return f"answers with status {error.status_code}: {_shorten(error.response.text)}"
-        return f"did not answer usefully: {_shorten(str(error))}"
-
-    def _reply(self, raw: Any, seconds: float) -> Reply:
-        """The reply in a raw response; servers may leave out `usage`, but not the choice."""
-        try:
-            content = json.loads(raw.text if isinstance(raw.text, str) else raw.text())
-            choice = content["choices"][0]
-            text = choice["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError):
-            got = _shorten(str(raw.text if isinstance(raw.text, str) else raw.text()))
-            raise EndpointError(
-                f"{self.name}: its answer is no chat completion: {got!r}; "
-                "is it an OpenAI-compatible server, and the address right?"
-            ) from None
-        usage = content.get("usage") or {}
-        return Reply(
-            text=str(text),
-            finish="length" if choice.get("finish_reason") == "length" else "stop",
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-            seconds=seconds,
-            retries=int(getattr(raw, "retries_taken", 0)),
-        )
+            for number, reply in self.answer_each(conversations, chosen):
+                replies[number] = reply
+        finally:
+            for number in sorted(replies):
+                messages = [dict(message) for message in conversations[number]]
+                self.calls.append(Call(self.name, messages, chosen, replies[number]))
+        return [replies[number] for number in range(len(conversations))]
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str) -> str:
+    """A text on one line, cut where it would fill the screen."""
     words = " ".join(text.split())
     return words if len(words) <= 200 else words[:200] + "..."
-
-
-def _calls(
-    name: str, conversations: Sequence[Conversation], settings: ChatSettings, replies: Sequence[Reply]
-) -> Iterator[Call]:
-    for messages, reply in zip(conversations, replies, strict=True):
-        yield Call(name, [dict(message) for message in messages], settings, reply)
 
 
 def is_address(path: str) -> bool:
@@ -312,6 +183,9 @@ def open_chat(path: str, loaded: Loaded | None = None) -> ChatModel:
         CheckpointError: No such model.
         SettingError: An address without a model's name.
     """
+    from germane.core.endpoint_chat import EndpointChat
+    from germane.core.local_chat import LocalChat
+
     if loaded is not None:
         return LocalChat(loaded.model, loaded.processor, path)
     if not is_address(path):
@@ -345,7 +219,7 @@ def load_language_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a causal language model: {_shorten(str(error))}") from None
+        raise CheckpointError(f"{path}: not a causal language model: {shorten(str(error))}") from None
     return model.to(place).eval(), tokenizer or load_tokenizer(path)
 
 
@@ -361,7 +235,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: has no tokenizer: {_shorten(str(error))}") from None
+        raise CheckpointError(f"{path}: has no tokenizer: {shorten(str(error))}") from None
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> list[int]:
@@ -389,6 +263,20 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Conversati
     except TemplateError:
         text = render(_without_system(messages))
     return encode_marked(tokenizer, text)
+
+
+def encode_continuation(
+    tokenizer: PreTrainedTokenizerBase, messages: Conversation, continuation: str
+) -> tuple[list[int], list[int]]:
+    """The tokens of a conversation, and of a text that continues it.
+
+    Raises:
+        SettingError: The text has no tokens.
+    """
+    tokens = encode_text(tokenizer, continuation)
+    if not tokens:
+        raise SettingError(f"{continuation!r}: has no tokens, so there is nothing to score.")
+    return encode_conversation(tokenizer, messages), tokens
 
 
 def _without_system(messages: Conversation) -> list[Message]:
@@ -469,10 +357,3 @@ def stops_at(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], begin: int
         return torch.tensor(found, device=written.device)
 
     return stopped
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    configuration = getattr(model, "generation_config", None)
-    ends = getattr(configuration, "eos_token_id", None)
-    found = {ends} if isinstance(ends, int) else set(ends or ())
-    return (found | {tokenizer.eos_token_id, tokenizer.pad_token_id}) - {None}

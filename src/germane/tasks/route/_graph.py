@@ -25,8 +25,10 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from germane.core.chat import ChatModel, EndpointChat, LocalChat
+from germane.core.chat import ChatModel
+from germane.core.endpoint_chat import EndpointChat
 from germane.core.errors import SettingError, nearest
+from germane.core.local_chat import LocalChat
 from germane.core.settings import Settings, validate
 from germane.embedded import model_folder
 

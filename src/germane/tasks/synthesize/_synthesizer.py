@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from germane.core.chat import LocalChat
 from germane.core.evidence import Step
+from germane.core.local_chat import LocalChat
 from germane.core.records import Row
 from germane.roles import Records, RoleMethod
 

@@ -14,10 +14,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from germane.core.chat import LocalChat
 from germane.core.checkpoint import Checkpoint, digest, locate
 from germane.core.errors import CheckpointError
 from germane.core.evidence import Step, Table
+from germane.core.local_chat import LocalChat
 from germane.core.models import names_language_model
 from germane.core.objective import Task
 from germane.core.progress import announce

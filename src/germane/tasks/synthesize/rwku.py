@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from germane.core.chat import ChatSettings, Conversation, LocalChat
+from germane.core.chat import ChatSettings, Conversation
 from germane.core.errors import RecordsError, SettingError
 from germane.core.evidence import Finding, Step, Table
+from germane.core.local_chat import LocalChat
 from germane.core.models import Loaded
 from germane.core.records import Data, Row, read_rows
 from germane.method import build, method
