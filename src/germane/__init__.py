@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from germane.comparison import compare
     from germane.edited import load_edited
     from germane.recipe import Result, read_recipe, run
+    from germane.retrieval import load_index
     from germane.tasks.route import ask
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "evaluate",
     "ground",
     "load_edited",
+    "load_index",
     "merge",
     "read_recipe",
     "reason",
+    "retrieve",
     "route",
     "run",
     "synthesize",
@@ -37,6 +40,7 @@ _LAZY = {
     "ask": "germane.tasks.route",
     "compare": "germane.comparison",
     "load_edited": "germane.edited",
+    "load_index": "germane.retrieval",
     "read_recipe": "germane.recipe",
     "run": "germane.recipe",
 }
@@ -344,3 +348,34 @@ def ground(
         "distractors": list(distractors),
     }  # fmt: skip
     return run_task("ground", method, arguments, settings, out, seed=seed, overwrite=overwrite)
+
+
+def retrieve(
+    corpus: str,
+    queries: Any = None,
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    qrels: str = "",
+    depth: int = 100,
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Find the passages of a corpus that answer queries; see `germane explain retrieve`.
+
+    Args:
+        corpus: Passages with _id, title and text, or the folder of an index made earlier.
+        queries: Records with _id and text.
+        method: Name of the method, such as "bm25".
+        out: Folder of the index and of the rankings; `germane.load_index` opens it.
+        qrels: Judgements to score on.
+        depth: How many passages a query gets.
+        seed: Of everything random.
+        overwrite: Replace `out` if it is there.
+        **settings: The method's settings.
+    """
+    from germane.recipe import run_task
+
+    arguments = {"corpus": str(corpus), "queries": queries, "qrels": str(qrels), "depth": depth}
+    return run_task("retrieve", method, arguments, settings, out, seed=seed, overwrite=overwrite)

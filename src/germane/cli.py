@@ -80,6 +80,7 @@ _TASK_HELP = {
     "ground": "Answer questions from passages, some of which are irrelevant or mislead.",
     "merge": "Merge the relevant checkpoints of a pool into one.",
     "reason": "Answer questions with a chat model, by a way of prompting.",
+    "retrieve": "Find the passages of a corpus that answer queries.",
     "synthesize": "Have a model make records: to forget, to refuse, to ask.",
     "unlearn": "Make a model behave as if some records had never been trained on.",
     "route": "Send each query to the model of a pool that should answer it.",

@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Severity = Literal["note", "warning", "serious"]
 FILE_NAME = "evidence.json"
+_REPORTED = (  # libraries whose version may change a result
+    "torch", "transformers", "diffusers", "sentence-transformers", "safetensors", "peft", "numpy", "bm25s",
+    "ir-measures",
+)  # fmt: skip
 
 
 class Record(BaseModel):
@@ -214,11 +218,7 @@ class Evidence(Record):
             title=title,
             germane=_version("germane"),
             recipe=recipe,
-            versions={
-                name: _version(name)
-                for name in ("torch", "transformers", "diffusers", "safetensors", "peft", "numpy")
-                if _version(name)
-            },
+            versions={name: _version(name) for name in _REPORTED if _version(name)},
             machine={
                 "python": platform.python_version(),
                 "system": f"{platform.system()} {platform.machine()}",

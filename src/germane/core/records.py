@@ -70,7 +70,7 @@ def open_rows(data: Data) -> list[Row]:
     """
     rows = []
     try:
-        for row in _open(data):
+        for row in stream_rows(data):
             rows.append(row)
             if data.limit is not None and len(rows) >= data.limit:
                 break
@@ -81,7 +81,12 @@ def open_rows(data: Data) -> list[Row]:
     return rows
 
 
-def _open(data: Data) -> Iterator[Row]:
+def stream_rows(data: Data) -> Iterator[Row]:
+    """The records of a file or data set, one at a time.
+
+    Raises:
+        RecordsError: No such file, or unreadable.
+    """
     file = Path(data.path).expanduser()
     if file.is_file():
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
