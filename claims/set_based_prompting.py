@@ -106,12 +106,16 @@ def read(file: Path) -> list[Answered]:
 
 def moved_logits(rows: Sequence[Row]) -> dict[str, list[float]]:
     """Of each way of reading, of each question, the largest change of any next token's logit with order."""
-    model, tokenizer = load_language_model(str(smollm2()), torch.float32)
-    found: dict[str, list[float]] = {}
-    for name, way in WAYS.items():
-        attending = Attending(model, tokenizer, way.arrange)
-        found[name] = [moved(attending, row) for row in rows]
-    return found
+    file = OUT / "logits.json"
+    if not file.exists():
+        model, tokenizer = load_language_model(str(smollm2()), torch.float32)
+        found = {
+            name: [moved(Attending(model, tokenizer, way.arrange), row) for row in rows]
+            for name, way in WAYS.items()
+        }
+        file.write_text(json.dumps(found), encoding="utf-8")
+    kept: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8"))
+    return kept
 
 
 def moved(attending: Attending, row: Row) -> float:
