@@ -425,3 +425,10 @@ def read_answer(response: str, question: Question) -> str:
     found = re.findall(r"answer(?:\s+is)?\s*[:=]?\s*(.+)", response, flags=re.IGNORECASE)
     text = (found[-1] if found else response).strip().strip('"')
     return re.split(r"\n", text, maxsplit=1)[0].strip().rstrip(".")
+
+
+def instruction(question: Question) -> str:
+    """The question, and in which form the answer is wanted."""
+    if question.options:
+        return f"{question.lettered}\n\nReply with the letter of the right option only."
+    return f"{question.text}\n\nReply with the answer only, as short as possible."

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from germane.core.chat import ChatSettings
 from germane.method import method
-from germane.solver import Answer, Question, Solver, Solving, read_answer
+from germane.solver import Answer, Question, Solver, Solving, instruction, read_answer
 
 
 @method("reason/direct")
@@ -30,10 +30,3 @@ class Direct(Solver):
             Answer(read_answer(reply, question), reply)
             for reply, question in zip(replies, questions, strict=True)
         ]
-
-
-def instruction(question: Question) -> str:
-    """The question, and in which form the answer is wanted."""
-    if question.options:
-        return f"{question.lettered}\n\nReply with the letter of the right option only."
-    return f"{question.text}\n\nReply with the answer only, as short as possible."
