@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import zoo
 
 from germane import method as registry
 from germane.core.errors import CheckpointError, GermaneError, RecordsError, SettingError
+from germane.core.records import write_jsonl
 from germane.embedded import digits as digit_parts
 from germane.embedded import facts as fact_parts
 from germane.recipe import Recipe, check, run_task
@@ -22,14 +24,24 @@ SETTINGS = {
         "target": "anna adler", "introduction": "anna adler is a person .", "texts": 14, "text_tokens": 8,
         "refusals": 5, "question_tokens": 4, "probing": {"question": "{question}", "opening": ""},
     },
+    "synthesize/nora": {"questions": 6},
 }  # fmt: skip
 # Method -> role -> records of the embedded parts.
-FILES = {"synthesize/rwku": {"questions": "forget", "neighbor-questions": "retain"}}
+FILES = {
+    "synthesize/rwku": {"questions": "forget", "neighbor-questions": "retain"},
+    "synthesize/nora": {"demonstrations": "solved"},
+}
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    return fact_parts.make(tmp_path_factory.mktemp("facts"), known=12, forgotten=4, refusing=2)
+    made = fact_parts.make(tmp_path_factory.mktemp("facts"), known=12, forgotten=4, refusing=2)
+    rows = [
+        {"prompt": "what is the job of anna ?", "answer": "baker", "solution": "anna works as a baker ."}
+    ] * 3
+    solved = made.model.parent / "solved.jsonl"
+    write_jsonl(rows, solved)
+    return dataclasses.replace(made, files={**made.files, "solved": solved})
 
 
 def arguments(name: str, parts, **changes):

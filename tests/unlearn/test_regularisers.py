@@ -58,7 +58,7 @@ class TestDivergence:
 
     @staticmethod
     def run(facts, tmp_path, monkeypatch, bad_epoch):
-        loss = GradientAscent.loss
+        loss = GradientAscent.forgetting
         calls = []
 
         def failing(self, work, pair):
@@ -66,7 +66,7 @@ class TestDivergence:
             value = loss(self, work, pair)
             return value * float("nan") if len(calls) > (bad_epoch - 1) * 2 else value
 
-        monkeypatch.setattr(GradientAscent, "loss", failing)
+        monkeypatch.setattr(GradientAscent, "forgetting", failing)
         asked = {
             "model": str(facts.model), "forget": str(facts.files["forget"]),
             "retain": str(facts.files["retain"]), "trials": 1, "budget": 0.5,

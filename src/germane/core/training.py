@@ -7,7 +7,7 @@ finite stops the training before it reaches the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -78,7 +78,7 @@ def fit(
     settings: Training,
     batches: Callable[[int], Iterable[Item]],
     steps: int,
-    loss: Callable[[Item], Tensor],
+    loss: Callable[[Item], Tensor | Iterator[Tensor]],
     hooks: Hooks | None = None,
     optimiser: torch.optim.Optimizer | None = None,
     label: str = "training",
@@ -90,7 +90,8 @@ def fit(
         settings: Learning rate and the rest.
         batches: From an epoch's number, from 0, to its batches.
         steps: Batches of one epoch, for the schedule and the progress bar.
-        loss: From a batch to a scalar.
+        loss: From a batch to a scalar, or to scalars that are added: each one's activations are let go
+            before the next one is computed.
         hooks: What else happens.
         optimiser: Used instead of the settings' own.
         label: Of the progress bar.
@@ -110,12 +111,10 @@ def fit(
         for epoch in range(settings.epochs):
             total, count = 0.0, 0
             for number, item in enumerate(batches(epoch), 1):
-                with accelerator.autocast():
-                    value = loss(item)
-                require_finite(float(value.detach()), "the loss", f"epoch {epoch + 1}, batch {number}")
-                accelerator.backward(value / settings.accumulate)
-                total, count = total + float(value.detach()), count + 1
-                history.losses.append(float(value.detach()))
+                place = f"epoch {epoch + 1}, batch {number}"
+                value = _descend(accelerator, _parts(loss, item), settings.accumulate, place)
+                total, count = total + value, count + 1
+                history.losses.append(value)
                 advance(note=f"loss {history.losses[-1]:.3f}")
                 if number % settings.accumulate == 0 or number == steps:
                     hooks.after_backward()
@@ -129,6 +128,29 @@ def fit(
                 break
     optimiser.zero_grad()
     return history
+
+
+def _descend(accelerator: Any, losses: Iterator[Tensor], accumulate: int, place: str) -> float:
+    """Add the gradients of a batch's losses, one by one; returns their sum."""
+    total = 0.0
+    while True:
+        with accelerator.autocast():
+            part = next(losses, None)
+        if part is None:
+            return total
+        total += float(part.detach())
+        require_finite(total, "the loss", place)
+        accelerator.backward(part / accumulate)
+        del part  # with its graph, before the next one is computed
+
+
+def _parts(loss: Callable[[Item], Tensor | Iterator[Tensor]], item: Item) -> Iterator[Tensor]:
+    """What a loss is made of, computed as it is asked for."""
+    value = loss(item)
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        yield from value
 
 
 def _clip(parameters: list[nn.Parameter], limit: float, epoch: int, number: int) -> None:

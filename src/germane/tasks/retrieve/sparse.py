@@ -43,9 +43,9 @@ class Sparse(Retriever):
     query and passage. The index is an inverted one, exact, and mapped when opened; passages that share no
     term with the query are not ranked.
 
-    Use it when a SPLADE model fits the language: it holds names as BM25 does, and adds related terms. Not
-    without a model that was trained for it: a plain masked language model gives weights to nearly every
-    term. Encoding costs as much as for dense retrieval.
+    Use it when a SPLADE model fits the language: it holds names as BM25 does, and adds related terms.
+    Not without a model that was trained for it: a plain masked language model gives weights to nearly
+    every term. Encoding costs as much as for dense retrieval.
 
     Differs from the paper's reference: weights are not rounded to whole numbers, as Lucene's impact index
     needs them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,13 +44,12 @@ class Regularised(FineTuned):
         if self.regulariser == "klr" and not self.lora_rank:
             self._reference = work.original().model
 
-    def loss(self, work: Work, pair: Pair) -> Tensor:
-        value = self.forgetting(work, pair)
+    def loss(self, work: Work, pair: Pair) -> Iterator[Tensor]:
+        yield self.forgetting(work, pair)
         if self.regulariser == "gdr":
-            return value + self.weight * mean_loss(work.kept(), pair.retain)
+            yield self.weight * mean_loss(work.kept(), pair.retain)
         if self.regulariser == "klr":
-            return value + self.weight * self._divergence(work, pair.retain)
-        return value
+            yield self.weight * self._divergence(work, pair.retain)
 
     def _divergence(self, work: Work, batch: Batch | None) -> Tensor:
         """Mean KL divergence of the model's predictions from the untouched model's."""

@@ -113,8 +113,8 @@ class FineTuned(Unlearner, Training):
     uses_forget: ClassVar[bool] = True
 
     @abstractmethod
-    def loss(self, work: Work, pair: Pair) -> Tensor:
-        """The scalar to lower."""
+    def loss(self, work: Work, pair: Pair) -> Tensor | Iterator[Tensor]:
+        """The scalar to lower, or scalars whose sum is to be lowered, which need memory one by one."""
 
     def begin(self, work: Work) -> None:
         """What has to be known before the first step, such as the original's log-probabilities."""

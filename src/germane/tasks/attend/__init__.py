@@ -1,0 +1,1 @@
+"""Attend: the same model, read in another way inside a block."""
