@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from germane.attention import attend
     from germane.comparison import compare
     from germane.edited import load_edited
     from germane.recipe import Result, read_recipe, run
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ask",
+    "attend",
     "compare",
     "edit",
     "erase",
@@ -38,6 +40,7 @@ __all__ = [
 
 _LAZY = {
     "ask": "germane.tasks.route",
+    "attend": "germane.attention",
     "compare": "germane.comparison",
     "load_edited": "germane.edited",
     "load_index": "germane.retrieval",

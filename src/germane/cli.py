@@ -74,6 +74,7 @@ class Germane(click.Group):
 
 # One line each, so that `germane --help` need not import a task.
 _TASK_HELP = {
+    "attend": "Measure a model that reads otherwise inside a block, beside the model as it is.",
     "edit": "Change facts that a model states, and leave the rest unmoved.",
     "erase": "Make a diffusion pipeline draw a concept no more.",
     "evaluate": "Measure a model with a suite.",
