@@ -40,7 +40,9 @@ def test_a_method_names_its_paper_or_says_where_it_is_from(name):
     assert not information.paper or re.fullmatch(r"\d{4}\.\d{4,5}", information.paper)
     assert not information.code or re.fullmatch(r"[\w.-]+/[\w.-]+", information.code)
     text = inspect.getdoc(registry.load(name)) or ""
-    assert information.paper or re.search(r"\d{4}|[Bb]aseline|simple|reference", text), "a year, a source, or a reason"
+    assert information.paper or re.search(r"\d{4}|[Bb]aseline|simple|reference", text), (
+        "a year, a source, or a reason"
+    )
 
 
 def test_unknown_names_are_met_with_the_nearest():

@@ -105,7 +105,10 @@ def test_a_retrained_model_in_the_same_folder_is_another(tmp_path: Path, file: P
 
     assert [answer(), answer()] == [False, True]
     stamp = (tmp_path / "model" / "model.safetensors").stat()
-    zoo.rewrite(tmp_path / "model", lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 0.5})
+    zoo.rewrite(
+        tmp_path / "model",
+        lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 0.5},
+    )
     os.utime(tmp_path / "model" / "model.safetensors", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert [answer(), answer()] == [False, True]
 
