@@ -38,6 +38,7 @@ class Data(Settings):
         default="image", description="field with an image: a file beside the records, or numbers 0 to 255"
     )
     split: str = Field(default="train", description="split of a hub data set")
+    subset: str = Field(default="", description="configuration of a hub data set, where it has several")
     limit: int | None = Field(default=None, gt=0, description="use the first so many records")
     max_tokens: int = Field(default=128, gt=0, description="longer texts are cut here")
 
@@ -96,7 +97,7 @@ def stream_rows(data: Data) -> Iterator[Row]:
             return _load_dataset(data, "parquet", data_files=str(file), split="train")
         raise RecordsError(f"{file}: germane reads .jsonl, .json, .csv and .parquet.")
     if data.path.count("/") == 1 and not file.suffix:
-        return _load_dataset(data, data.path, split=data.split)
+        return _load_dataset(data, data.path, data.subset or None, split=data.split)
     raise RecordsError(f"{data.path}: no such file.")
 
 
