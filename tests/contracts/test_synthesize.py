@@ -131,6 +131,31 @@ def test_a_model_that_cannot_write_is_refused(name, parts, tmp_path):
 
 
 @each
+def test_a_model_behind_a_server_writes_where_its_weights_are_not_needed(name, parts, tmp_path):
+    asked = arguments(name, parts, model="http://127.0.0.1:9/v1#none")
+    if registry.load(name).local:
+        with pytest.raises(SettingError, match="needs the model itself, not one behind http"):
+            synthesize(name, tmp_path / "out", asked)
+        return
+    check(
+        Recipe.model_validate(
+            {
+                "steps": [
+                    {
+                        "task": "synthesize",
+                        "method": name.split("/")[1],
+                        **asked,
+                        "settings": SETTINGS[name],
+                    }
+                ]
+            }
+        )
+    )
+    with pytest.raises(SettingError, match="evaluate: measures a model that is here"):
+        synthesize(name, tmp_path / "out", {**asked, "evaluate": [asked["data"][0].split("=")[1]]})
+
+
+@each
 def test_faults_are_found_while_an_earlier_step_is_missing(name, parts):
     first = {
         "task": "unlearn", "method": "gradient-ascent", "name": "before", "model": str(parts.model),

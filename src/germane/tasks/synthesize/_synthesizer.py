@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
+from germane.core.chat import ChatModel
 from germane.core.evidence import Step
-from germane.core.local_chat import LocalChat
 from germane.core.records import Row
 from germane.roles import Records, RoleMethod
 
@@ -13,10 +14,16 @@ ORIGIN = "origin"  # the field of every record that says where it comes from
 
 
 class Synthesizer(RoleMethod):
-    """Base of every method that makes records."""
+    """Base of every method that makes records.
+
+    Attributes:
+        local: Whether it needs the model itself, so that one behind a server will not do.
+    """
+
+    local: ClassVar[bool] = False
 
     @abstractmethod
-    def make(self, chat: LocalChat, records: Records, seed: int, step: Step) -> dict[str, list[Row]]:
+    def make(self, chat: ChatModel, records: Records, seed: int, step: Step) -> dict[str, list[Row]]:
         """Make records.
 
         Args:

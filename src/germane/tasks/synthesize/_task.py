@@ -14,8 +14,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from germane.core.chat import is_address, open_chat
 from germane.core.checkpoint import Checkpoint, digest, locate
-from germane.core.errors import CheckpointError
+from germane.core.errors import CheckpointError, SettingError
 from germane.core.evidence import Step, Table
 from germane.core.local_chat import LocalChat
 from germane.core.models import names_language_model
@@ -33,7 +34,9 @@ class Synthesize(Job):
     task: ClassVar[str] = "synthesize"
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: str = Field(description="the model that writes: a folder or hub id")
+    model: str = Field(
+        description="the model that writes: a folder, a hub id, or an address, http://HOST/v1#MODEL"
+    )
     data: list[Data] = Field(default=[], description="the method's records, by role, as role=path")
 
     def check(self, method: Method) -> None:
@@ -43,6 +46,8 @@ class Synthesize(Job):
         method.check_records(self.roles())
         for data in self.evaluate:
             read_rows(data)
+        if is_address(self.model):
+            return self._check_address(method)
         kind = str(Checkpoint(locate(self.model)).config.get("architectures"))
         if not names_language_model(kind):
             raise CheckpointError(f"{method.name}: needs a language model; {self.model} is {kind}.")
@@ -55,6 +60,12 @@ class Synthesize(Job):
         if not any(is_reference(data.path) for data in self.data):
             method.check_records(self.roles())
 
+    def _check_address(self, method: Synthesizer) -> None:
+        if method.local:
+            raise SettingError(f"{method.name}: needs the model itself, not one behind {self.model}.")
+        if self.evaluate:
+            raise SettingError("evaluate: measures a model that is here, not one behind a server.")
+
     def roles(self) -> dict[str, Data]:
         """The method's records, by role."""
         return {data.name: data for data in self.data}
@@ -65,20 +76,22 @@ class Synthesize(Job):
         with step.stage("check"):
             step.inputs = self._digests()
         announce(f"{method.name}: writing with {self.model}")
-        chat = LocalChat.load(self.model)
+        chat = open_chat(self.model)
         with step.stage("synthesize"):
             made = method.make(chat, self.roles(), seed, step)
         for name, rows in made.items():
             write_jsonl(rows, folder / f"{name}.jsonl")
         step.tables.append(_counts(made))
-        with step.stage("evaluate"):
-            for data in self.evaluate:
-                task = Task(data, read_rows(data), chat.model, chat.tokenizer)
-                step.scores.append(task.score("base"))
+        if isinstance(chat, LocalChat):
+            with step.stage("evaluate"):
+                for data in self.evaluate:
+                    task = Task(data, read_rows(data), chat.model, chat.tokenizer)
+                    step.scores.append(task.score("base"))
         gc.collect()
 
     def _digests(self) -> dict[str, str]:
-        files = [Path(file) for file in Checkpoint(locate(self.model)).files]
+        model = [] if is_address(self.model) else Checkpoint(locate(self.model)).files
+        files = [*map(Path, model)]
         files += [Path(data.path) for data in (*self.data, *self.evaluate)]
         return {str(file): digest(file) for file in files if file.is_file()}
 

@@ -11,10 +11,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from germane.core.chat import ChatSettings
+from germane.core.chat import ChatModel, ChatSettings
 from germane.core.errors import RecordsError
 from germane.core.evidence import Step, Table
-from germane.core.local_chat import LocalChat
 from germane.core.records import Row
 from germane.method import method
 from germane.roles import Records
@@ -102,7 +101,7 @@ class NoRa(Synthesizer):
                     f"{data.path}, record {number}: needs an answer, and its reasoning in field 'solution'."
                 )
 
-    def make(self, chat: LocalChat, records: Records, seed: int, step: Step) -> dict[str, list[Row]]:
+    def make(self, chat: ChatModel, records: Records, seed: int, step: Step) -> dict[str, list[Row]]:
         """The demonstrations, and without given ones the questions."""
         generator = random.Random(seed)
         if DEMONSTRATIONS in records:
@@ -132,7 +131,7 @@ class NoRa(Synthesizer):
         ]
         return {DEMONSTRATIONS: shown, "questions": asked}
 
-    def _given(self, chat: LocalChat, shown: Sequence[Question], generator: random.Random) -> list[Row]:
+    def _given(self, chat: ChatModel, shown: Sequence[Question], generator: random.Random) -> list[Row]:
         marked = [each for each in shown if each.more.get("clean")] or list(shown[:1])
         texts = [sentences(str(each.more["solution"])) for each in shown]
         wanted = [
@@ -151,7 +150,7 @@ class NoRa(Synthesizer):
         return rows
 
     def _write(
-        self, chat: LocalChat, shown: Sequence[Question], texts: Sequence[list[str]],
+        self, chat: ChatModel, shown: Sequence[Question], texts: Sequence[list[str]],
         wanted: Sequence[list[int]], seed: int,
     ) -> list[dict[int, str]]:  # fmt: skip
         """The noise that the model writes, by the place of the sentence it goes after."""

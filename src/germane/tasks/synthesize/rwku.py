@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from germane.core.chat import ChatSettings, Conversation
+from germane.core.chat import ChatModel, ChatSettings, Conversation
 from germane.core.errors import RecordsError, SettingError
 from germane.core.evidence import Finding, Step, Table
 from germane.core.local_chat import LocalChat
@@ -80,6 +80,7 @@ class RWKUSynthesis(Synthesizer):
     filtered again.
     """
 
+    local: ClassVar[bool] = True  # a suite measures what the model knows
     optional: ClassVar[Mapping[str, str]] = {
         "questions": "questions about the target, each with a prompt and an answer",
         "cloze": "statements about the target with a blank, each with a prompt and an answer",
@@ -122,8 +123,9 @@ class RWKUSynthesis(Synthesizer):
                         f"{(missing or [data.prompt])[0]!r}. Fields: {', '.join(row)}."
                     )
 
-    def make(self, chat: LocalChat, records: Records, seed: int, step: Step) -> dict[str, list[Row]]:
+    def make(self, chat: ChatModel, records: Records, seed: int, step: Step) -> dict[str, list[Row]]:
         """The files, of which the probes are there where candidates are."""
+        assert isinstance(chat, LocalChat)
         made = {
             "forget": self._biographies(chat, seed, known=True),
             "refusals": self._refusals(chat, records, seed, step),
