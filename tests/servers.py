@@ -31,7 +31,7 @@ class ChatServer:
         requests: Every request's body, in the order of arrival.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.answer: Answer = lambda request: f"{request['model']}: {request['messages'][-1]['content']}"
         self.score: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self.faults: list[int | str | None] = []
@@ -47,9 +47,10 @@ class ChatServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        self.port = int(self._http.server_address[1])
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> ChatServer:
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()

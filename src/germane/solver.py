@@ -127,6 +127,7 @@ class Solving:
         seed: Of everything random.
         step: What there is to say goes here.
         calls: Every call so far: the question's id, its purpose, the messages and the reply.
+        folder: Where a method may leave what it learned, beside the answers; None if nothing is kept.
     """
 
     chat: ChatModel
@@ -134,6 +135,7 @@ class Solving:
     seed: int = 0
     step: Step = field(default_factory=lambda: Step(task="reason", method=""))
     calls: list[Row] = field(default_factory=list)
+    folder: Path | None = None
 
     def ask(
         self,
@@ -226,7 +228,7 @@ class Solve(Job):
         questions = self.read(self.questions)
         shown = self.read(self.demonstrations) if self.demonstrations else []
         announce(f"{method.name}: {len(questions)} questions to {self.model}")
-        solving = Solving(self.open(), shown, seed, step)
+        solving = Solving(self.open(), shown, seed, step, folder=folder)
         with step.stage("solve"):
             for suffix, asked in self.variants(questions, seed).items():
                 answers = method.solve(solving, asked)
@@ -326,22 +328,32 @@ def read_questions(data: Data) -> list[Question]:
     Raises:
         RecordsError: A record without a question, or with an answer that is none of its options.
     """
-    found = []
-    for number, row in enumerate(open_rows(data), 1):
-        place = f"{data.path}, record {number}"
-        name = next((name for name in (data.prompt, *_QUESTION) if name in row), None)
-        if name is None or not isinstance(row[name], str) or not row[name].strip():
-            raise RecordsError(
-                f"{place}: has no text in field 'question'{nearest('question', row)} "
-                f"Fields: {', '.join(row)}."
-            )
-        options = tuple(map(str, row.get("options") or row.get("choices") or ()))
-        passages = tuple(_passages(row.get("passages") or row.get("contexts") or (), place))
-        known = {name, "options", "choices", "passages", "contexts", "id", *_ANSWER}
-        more = {key: value for key, value in row.items() if key not in known}
-        answers = _answers(row, data, options, place)
-        found.append(Question(str(row.get("id", number)), row[name], answers, options, passages, more))
-    return found
+    return [as_question(row, data, number) for number, row in enumerate(open_rows(data), 1)]
+
+
+def as_question(row: Row, data: Data, number: int | str) -> Question:
+    """A record as a question; see `read_questions`.
+
+    Args:
+        row: The record.
+        data: Where it is from, and what its fields are called.
+        number: Of the record, for errors, and as its id where it has none.
+
+    Raises:
+        RecordsError: As `read_questions`.
+    """
+    place = f"{data.path}, record {number}"
+    name = next((name for name in (data.prompt, *_QUESTION) if name in row), None)
+    if name is None or not isinstance(row[name], str) or not row[name].strip():
+        raise RecordsError(
+            f"{place}: has no text in field 'question'{nearest('question', row)} Fields: {', '.join(row)}."
+        )
+    options = tuple(map(str, row.get("options") or row.get("choices") or ()))
+    passages = tuple(_passages(row.get("passages") or row.get("contexts") or (), place))
+    known = {name, "options", "choices", "passages", "contexts", "id", *_ANSWER}
+    more = {key: value for key, value in row.items() if key not in known}
+    answers = _answers(row, data, options, place)
+    return Question(str(row.get("id", number)), row[name], answers, options, passages, more)
 
 
 def _answers(row: Row, data: Data, options: tuple[str, ...], place: str) -> tuple[str, ...]:
