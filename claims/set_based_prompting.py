@@ -27,7 +27,8 @@ from germane.core.evidence import Score
 from germane.core.records import Row, write_jsonl
 from germane.embedded import cache_folder, smollm2, texts
 from germane.recipe import run_task
-from germane.tasks.attend._task import Answered, Question, scores_of
+from germane.solver import Question
+from germane.tasks.attend._task import Answered, scores_of
 from germane.tasks.attend.set_based_prompting import SetBasedPrompting
 
 OUT = cache_folder() / "claims" / "set_based_prompting"
@@ -96,7 +97,7 @@ def read(file: Path) -> list[Answered]:
     items = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [
         Answered(
-            Question(item["question"], item["options"], item["answer"]),
+            Question("", item["question"], tuple(item["answer"]), tuple(item["options"])),
             [tuple(order) for order in item["orders"]],
             item["scores"],
         )

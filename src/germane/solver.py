@@ -348,7 +348,10 @@ def as_question(row: Row, data: Data, number: int | str) -> Question:
         raise RecordsError(
             f"{place}: has no text in field 'question'{nearest('question', row)} Fields: {', '.join(row)}."
         )
-    options = tuple(map(str, row.get("options") or row.get("choices") or ()))
+    given = row.get("options") or row.get("choices") or []
+    if not isinstance(given, list):
+        raise RecordsError(f"{place}: field 'options' must be a list; it is {given!r}.")
+    options = tuple(map(str, given))
     passages = tuple(_passages(row.get("passages") or row.get("contexts") or (), place))
     known = {name, "options", "choices", "passages", "contexts", "id", *_ANSWER}
     more = {key: value for key, value in row.items() if key not in known}
@@ -373,7 +376,10 @@ def _option(value: Any, options: tuple[str, ...], place: str) -> str:
         return options[_LETTERS.index(text.upper())]
     if text.isdigit() and int(text) < len(options):
         return options[int(text)]
-    raise RecordsError(f"{place}: answer {value!r} is none of its options: {', '.join(options)}.")
+    raise RecordsError(
+        f"{place}: answer {value!r} is none of its options: {', '.join(options)}; "
+        "give one of them, its letter, or its number from 0."
+    )
 
 
 def _passages(values: Any, place: str) -> list[Passage]:

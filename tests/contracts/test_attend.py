@@ -21,7 +21,8 @@ from germane.core.evidence import Evidence
 from germane.core.records import Data
 from germane.embedded import facts as fact_parts
 from germane.recipe import Recipe, check, run_task
-from germane.tasks.attend._task import Answered, Attend, Question, orders_of, read_questions, scores_of
+from germane.solver import Question
+from germane.tasks.attend._task import Answered, Attend, orders_of, read_choices, scores_of
 
 each = pytest.mark.parametrize("name", registry.names("attend"))
 # Method -> settings that fit the tiny model.
@@ -97,7 +98,7 @@ def test_scores_are_those_of_the_items(name, results):
     scores = {(score.subject, score.metric): score.value for score in results(name).scores}
     for subject in ("base", "result"):
         rows = items(results(name).folder, subject)
-        hits = [[chosen == row["answer"] for chosen in row["chosen"]] for row in rows]
+        hits = [[row["options"][chosen] in row["answer"] for chosen in row["chosen"]] for row in rows]
         assert scores[subject, "accuracy"] == pytest.approx(sum(map(sum, hits)) / (24 * QUESTIONS))
         assert scores[subject, "accuracy, given order"] == sum(row[0] for row in hits) / QUESTIONS
         assert scores[subject, "accuracy, worst order"] == sum(map(all, hits)) / QUESTIONS
@@ -163,9 +164,9 @@ BAD = [
     ({"question": "q", "options": ["a"], "answer": 0}, "at least two texts"),
     ({"question": "q", "options": ["a", " "], "answer": 0}, "none of them empty"),
     ({"question": "q", "options": "ab", "answer": 0}, "must be a list"),
-    ({"question": "q", "options": ["a", "b"], "answer": 2}, "a number from 0 to 1; it is 2"),
-    ({"question": "q", "options": ["a", "b"], "answer": "c"}, "must be one of the options"),
-    ({"question": "q", "options": ["a", "b"], "answer": True}, "it is True"),
+    ({"question": "q", "options": ["a", "b"], "answer": 2}, "answer 2 is none of its options: a, b"),
+    ({"question": "q", "options": ["a", "b"], "answer": "c"}, "answer 'c' is none of its options"),
+    ({"question": "q", "options": ["a", "b"], "answer": True}, "answer True is none"),
 ]
 
 
@@ -217,7 +218,7 @@ def test_orders_are_all_or_a_sample_of_different_ones_with_the_given_one_first()
 
 
 def test_scores_by_hand():
-    two = Question("q", ["a", "b"], 1)
+    two = Question("1", "q", ("b",), ("a", "b"))
     orders = [(0, 1), (1, 0)]
     steady = Answered(two, orders, [[-2.0, -1.0], [-2.5, -1.25]])
     torn = Answered(two, orders, [[-1.0, -2.0], [-3.0, -2.0]])
@@ -234,7 +235,7 @@ def test_scores_by_hand():
 
 def test_an_option_given_twice_is_right_both_times(tmp_path):
     row = {"question": "q", "options": ["b", "a", "b"], "answer": 2}
-    question = read_questions(Data(name="t", path=str(zoo.write_rows(tmp_path / "q.jsonl", [row]))))[0]
+    question = read_choices(Data(name="t", path=str(zoo.write_rows(tmp_path / "q.jsonl", [row]))))[0]
     assert Answered(question, [(0, 1, 2)], [[-1.0, -2.0, -1.0]]).hits == [True]
 
 

@@ -26,28 +26,14 @@ from germane.core.evidence import Score, Step
 from germane.core.models import Loaded
 from germane.core.objective import Task
 from germane.core.progress import announce, track
-from germane.core.records import Data, Row, open_rows, read_rows, write_jsonl
+from germane.core.records import Data, Row, read_rows, write_jsonl
 from germane.core.statistics import bootstrap_mean, wilson
 from germane.edited import load_to_measure
 from germane.job import Job, is_reference
 from germane.method import Method
+from germane.solver import Question, read_questions
 
 Order = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A multiple-choice question.
-
-    Attributes:
-        text: What is asked.
-        options: Its answers.
-        right: Number of the right one.
-    """
-
-    text: str
-    options: list[str]
-    right: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,7 @@ class Answered:
     """A question in several orders of its options.
 
     Attributes:
-        question: The question.
+        question: The question, with options.
         orders: Of each time it was asked, the numbers of its options in the order they were shown.
         scores: Of each order, of each option as numbered in the question, its log-probability.
     """
@@ -71,9 +57,8 @@ class Answered:
 
     @property
     def hits(self) -> list[bool]:
-        """Of each order, whether the text of the chosen option is the right one."""
-        options = self.question.options
-        return [options[index] == options[self.question.right] for index in self.chosen]
+        """Of each order, whether the chosen option is a right one."""
+        return [self.question.options[index] in self.question.answers for index in self.chosen]
 
     @property
     def spread(self) -> float:
@@ -89,7 +74,8 @@ class Attend(Job):
 
     model: str = Field(description="the model that reads: a folder or hub id")
     questions: Data = Field(
-        description="records with question, options (a list) and answer (an option, or its number from 0)"
+        description="records with question, options (a list) and answer (an option, or its letter, or its "
+        "number from 0)"
     )
     question_form: str = Field(
         default="Question: {question}\nOptions:", description="what comes before the options"
@@ -108,14 +94,14 @@ class Attend(Job):
         """Records and the kind of the model, before any work."""
         assert isinstance(method, Attention)
         method.check_model(self.model, Checkpoint(locate(self.model)))
-        read_questions(self.questions)
+        read_choices(self.questions)
         for data in self.evaluate:
             read_rows(data)
 
     def check_early(self, method: Method) -> None:
         """The same without the model, which may not be there yet."""
         if not is_reference(self.questions.path):
-            read_questions(self.questions)
+            read_choices(self.questions)
         for data in self.evaluate:
             if not is_reference(data.path):
                 read_rows(data)
@@ -147,7 +133,7 @@ class Attend(Job):
     def ask(self, attending: Attending, seed: int) -> list[Answered]:
         """Every question in its orders, the given one first; too long a question is found before any."""
         asked = []
-        for number, question in enumerate(read_questions(self.questions)):
+        for number, question in enumerate(read_choices(self.questions)):
             generator = random.Random(f"{seed}/{number}")
             orders = orders_of(len(question.options), self.orders, generator)
             asked.append((question, orders))
@@ -179,35 +165,20 @@ def orders_of(options: int, count: int, generator: random.Random) -> list[Order]
     return list(found)
 
 
-def read_questions(data: Data) -> list[Question]:
-    """The questions of a file.
+def read_choices(data: Data) -> list[Question]:
+    """The questions of a file, each with options to choose from.
 
     Raises:
         RecordsError: Unreadable, empty, or a record without a question, options and an answer among them.
     """
-    return [_question(row, f"{data.path}, record {n}") for n, row in enumerate(open_rows(data), 1)]
-
-
-def _question(row: Row, place: str) -> Question:
-    text, options, answer = (row.get(name) for name in ("question", "options", "answer"))
-    if not isinstance(text, str) or not text.strip():
-        raise RecordsError(f"{place}: has no text in field 'question'. Fields: {', '.join(row)}.")
-    if not isinstance(options, list) or len(options) < 2 or not all(map(_is_text, options)):
-        raise RecordsError(
-            f"{place}: field 'options' must be a list of at least two texts, none of them empty."
-        )
-    if isinstance(answer, str) and answer in options:
-        return Question(text, options, options.index(answer))
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return Question(text, options, answer)
-    raise RecordsError(
-        f"{place}: field 'answer' must be one of the options, or a number from 0 to {len(options) - 1}; "
-        f"it is {answer!r}."
-    )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    found = read_questions(data)
+    for number, question in enumerate(found, 1):
+        place = f"{data.path}, record {number}"
+        if len(question.options) < 2 or not all(option.strip() for option in question.options):
+            raise RecordsError(f"{place}: needs at least two texts in field 'options', none of them empty.")
+        if not question.answers:
+            raise RecordsError(f"{place}: field 'answer' must say which of the options is right.")
+    return found
 
 
 def scores_of(answered: Sequence[Answered], subject: str, task: str) -> list[Score]:
@@ -242,7 +213,7 @@ def _scores(answered: Sequence[Answered], subject: str, task: str) -> Iterator[S
 def _item(found: Answered) -> Row:
     question = found.question
     return {
-        "question": question.text, "options": question.options, "answer": question.right,
+        "question": question.text, "options": list(question.options), "answer": list(question.answers),
         "orders": [list(order) for order in found.orders], "chosen": found.chosen,
         "scores": found.scores, "effect of order": found.spread,
     }  # fmt: skip
