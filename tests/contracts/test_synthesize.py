@@ -25,11 +25,15 @@ SETTINGS = {
         "refusals": 5, "question_tokens": 4, "probing": {"question": "{question}", "opening": ""},
     },
     "synthesize/nora": {"questions": 6},
+    "synthesize/ratd": {},
+    "synthesize/contextual-distraction": {"max_try": 2, "sentence_tokens": 6},
 }  # fmt: skip
 # Method -> role -> records of the embedded parts.
 FILES = {
     "synthesize/rwku": {"questions": "forget", "neighbor-questions": "retain"},
     "synthesize/nora": {"demonstrations": "solved"},
+    "synthesize/ratd": {"train": "forget", "corpus": "forget-texts"},
+    "synthesize/contextual-distraction": {"questions": "choices"},
 }
 
 
@@ -41,7 +45,10 @@ def parts(tmp_path_factory):
     ] * 3
     solved = made.model.parent / "solved.jsonl"
     write_jsonl(rows, solved)
-    return dataclasses.replace(made, files={**made.files, "solved": solved})
+    rows = [{"prompt": "anna ?", "options": ["baker", word], "answer": "baker"} for word in ("cat", "dog")]
+    choices = made.model.parent / "choices.jsonl"
+    write_jsonl([*rows, {**rows[0], "answer": "cat"}], choices)  # one of these the model answers rightly
+    return dataclasses.replace(made, files={**made.files, "solved": solved, "choices": choices})
 
 
 def arguments(name: str, parts, **changes):

@@ -18,6 +18,8 @@ from germane.core.evidence import Row, Scatter, Table
 from germane.core.records import Data
 from germane.solver import ACCURACY, RIGHT, Passage, Question, Solve, read_questions, with_passages
 
+_KNOWLEDGE = {"entities", "relations", "subgraphs"}  # what some methods answer from instead of passages
+
 
 class Ground(Solve):
     """Answer questions from passages."""
@@ -38,7 +40,7 @@ class Ground(Solve):
         wanted = max(self.distractors, default=0)
         for number, question in enumerate(found, 1):
             others = [passage for passage in question.passages if passage.kind != RIGHT]
-            if not question.passages:
+            if not (question.passages or _KNOWLEDGE & question.more.keys()):
                 raise RecordsError(f"{data.path}, record {number}: has no passages to answer from.")
             if self.distractors and (len(others) == len(question.passages) or len(others) < wanted):
                 raise RecordsError(
