@@ -24,7 +24,6 @@ from germane.comparison import compare
 from germane.core.evidence import FILE_NAME, Evidence, Plot, Score, Series
 from germane.core.records import Row, write_jsonl
 from germane.embedded import cache_folder, smollm2
-from germane.method import names
 from germane.solver import ACCURACY, IRRELEVANT, MISLEADING, RIGHT
 
 OUT = cache_folder() / "claims" / "grounding"
@@ -78,7 +77,7 @@ RELATIONS = (
      "{name} used to have a {value} car, which was scrapped.",
      ("red", "blue", "green", "yellow", "white", "black", "silver", "orange", "purple", "brown")),
 )  # fmt: skip
-# Methods -> settings, fixed beforehand; replies are cut short, since the model does not end long ones.
+# Methods that need nothing trained -> settings, fixed beforehand; replies are cut short, since the model does not end long ones.
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"max_tokens": 24},
     "no-retrieval": {"max_tokens": 24},
@@ -92,7 +91,7 @@ Found = Mapping[tuple[str, str], Mapping[int, Score]]
 
 
 def main() -> None:
-    methods = [name.removeprefix("ground/") for name in names("ground")]
+    methods = list(SETTINGS)
     asked = sys.argv[1:] or methods
     model = str(smollm2())
     found: dict[tuple[str, str], dict[int, Score]] = {}

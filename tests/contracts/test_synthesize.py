@@ -26,6 +26,7 @@ SETTINGS = {
     },
     "synthesize/nora": {"questions": 6},
     "synthesize/ratd": {},
+    "synthesize/provence": {"max_tokens": 8},
     "synthesize/contextual-distraction": {"max_try": 2, "sentence_tokens": 6},
 }  # fmt: skip
 # Method -> role -> records of the embedded parts.
@@ -33,6 +34,7 @@ FILES = {
     "synthesize/rwku": {"questions": "forget", "neighbor-questions": "retain"},
     "synthesize/nora": {"demonstrations": "solved"},
     "synthesize/ratd": {"train": "forget", "corpus": "forget-texts"},
+    "synthesize/provence": {"questions": "asked"},
     "synthesize/contextual-distraction": {"questions": "choices"},
 }
 
@@ -48,7 +50,11 @@ def parts(tmp_path_factory):
     rows = [{"prompt": "anna ?", "options": ["baker", word], "answer": "baker"} for word in ("cat", "dog")]
     choices = made.model.parent / "choices.jsonl"
     write_jsonl([*rows, {**rows[0], "answer": "cat"}], choices)  # one of these the model answers rightly
-    return dataclasses.replace(made, files={**made.files, "solved": solved, "choices": choices})
+    asked = made.model.parent / "asked.jsonl"
+    passages = [f"{name} owns a cat . {name} works ." for name in ("anna", "boris", "clara", "david")]
+    write_jsonl([{"prompt": "anna ?", "answer": "a cat", "passages": passages}], asked)
+    files = {"solved": solved, "choices": choices, "asked": asked}
+    return dataclasses.replace(made, files={**made.files, **files})
 
 
 def arguments(name: str, parts, **changes):
