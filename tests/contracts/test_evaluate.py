@@ -10,6 +10,7 @@ import zoo
 
 from germane import method as registry
 from germane.core.errors import CheckpointError, RecordsError, SettingError
+from germane.core.records import write_jsonl
 from germane.embedded import digits as digit_parts
 from germane.embedded import facts as fact_parts
 from germane.recipe import Recipe, check, run, run_task
@@ -36,6 +37,13 @@ def parts(tmp_path_factory):
         "classifier": digit_parts.make(folder / "digits"),
         "language model": fact_parts.make(folder / "facts", known=12, forgotten=4, refusing=2),
     }
+    jobs = {"options": ["baker", "pilot"], "answer": "baker"}
+    rows = [
+        {"original": f"what is the job of {name} ?", "question": f"what is the job of {name} ? a cat", **jobs}
+        for name in ("anna", "boris")
+    ]
+    made["language model"].files["distracted"] = folder / "distracted.jsonl"
+    write_jsonl(rows, folder / "distracted.jsonl")
     SETTINGS["evaluate/concept-vectors"] = {"untouched": str(made["language model"].model), "top": 20}
     return made
 
