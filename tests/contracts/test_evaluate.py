@@ -39,7 +39,11 @@ def parts(tmp_path_factory):
     }
     jobs = {"options": ["baker", "pilot"], "answer": "baker"}
     rows = [
-        {"original": f"what is the job of {name} ?", "question": f"what is the job of {name} ? a cat", **jobs}
+        {
+            "original": f"what is the job of {name} ?",
+            "question": f"what is the job of {name} ? a cat",
+            **jobs,
+        }
         for name in ("anna", "boris")
     ]
     made["language model"].files["distracted"] = folder / "distracted.jsonl"
